@@ -1,0 +1,49 @@
+# Everything a newcomer needs. Each target does its own set-up: Python 3.11 or 3.12, make and a package index.
+SHELL := /bin/sh
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := conf/constraints.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo run test check format bench clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+setup: $(STAMP)  ## Make the virtual environment in .venv
+
+$(STAMP): setup.cfg setup.py $(CONSTRAINTS)
+	@python=''; for candidate in $(PYTHON) python3.12 python3.11 python3; do \
+	  if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then echo 'Relay needs Python 3.11 or 3.12; install one, or say make PYTHON=/path/to/python3.12' >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$($$python --version)"; \
+	$$python -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[test,check]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Start everything, send three mails, show what became of them, stop everything
+	@$(BIN)/python scripts/demo.py
+
+run: $(STAMP)  ## Development stack in the foreground (NATS 4222, SMTP 1025, health 8080); Ctrl-C stops it
+	@$(BIN)/relayctl start --dev --foreground
+
+test: $(STAMP)  ## Run every fast test
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## Lint, types, formatting, import rules
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_imports.py
+
+format: $(STAMP)  ## Format the code
+	@$(BIN)/ruff check --fix --exit-zero --quiet .
+	@$(BIN)/ruff format --quiet .
+
+bench: $(STAMP)  ## First figures of the path against Postfix's smtp-source (needs Postfix's smtp-sink)
+	@$(BIN)/python scripts/bench.py
+
+clean:  ## Remove what was made, the virtual environment too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

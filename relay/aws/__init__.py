@@ -1,0 +1,1 @@
+"""Amazon Web Services. The only importer of boto3."""

@@ -1,0 +1,1 @@
+"""NATS. The only importer of nats and asyncio; everything else is greenlets."""

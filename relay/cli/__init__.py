@@ -1,0 +1,1 @@
+"""relayctl, the operator's front door. Nothing imports it."""

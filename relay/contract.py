@@ -1,0 +1,63 @@
+"""All that a caller may rely on: NATS subjects, buckets, payload fields and error strings.
+
+Owns the words of the interface and nothing else: no parsing, no policy. The subjects, the
+bucket names, the fields and the error strings are those of ``lfx-v2-email-service``, so its
+callers change nothing; a name in this file is never renamed and a field never retyped.
+What Relay adds are optional fields which such callers ignore.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# -- NATS subjects ---------------------------------------------------------------------
+SEND_EMAIL: Final = "lfx.email-service.send_email"
+GET_EMAIL_STATUS: Final = "lfx.email-service.get_email_status"
+GET_EMAIL_ENGAGEMENT_ANALYTICS: Final = "lfx.email-service.get_email_engagement_analytics"
+QUEUE_GROUP: Final = "lfx.email-service.queue"
+
+# -- where tracking is kept -------------------------------------------------------------
+RECIPIENTS_BUCKET: Final = "email-recipients"
+"""KV bucket: key ``email_id``, value the record of that mail as JSON."""
+
+LOG_STREAM: Final = "EMAIL_LOG"
+LOG_PREFIX: Final = "lfx.email-service.log"
+"""Facts are published to ``<LOG_PREFIX>.<group token>.<fact>``."""
+
+# -- fields of a ``send_email`` request -------------------------------------------------
+SEND_EMAIL_FIELDS: Final = (
+    "to",
+    "subject",
+    "html",
+    "text",
+    "from",
+    "from_display_name",
+    "reply_to",
+    "group_id",
+)
+STATUS_FIELDS: Final = ("email_id", "group_id")
+ANALYTICS_FIELDS: Final = ("group_id",)
+
+# -- error strings ------------------------------------------------------------------------
+INVALID_REQUEST_PAYLOAD: Final = "invalid request payload"
+REQUIRED_FIELDS_MISSING: Final = "to, subject, html, and text are required"
+INVALID_FROM: Final = "invalid from address"
+FROM_DOMAIN_NOT_ALLOWED: Final = "from address domain not allowed"
+INVALID_REPLY_TO: Final = "invalid reply_to address"
+REPLY_TO_DOMAIN_NOT_ALLOWED: Final = "reply_to address domain not allowed"
+DELIVERY_FAILED: Final = "email delivery failed"
+
+EMAIL_ID_OR_GROUP_ID_REQUIRED: Final = "email_id or group_id is required"
+ONLY_ONE_OF_EMAIL_ID_OR_GROUP_ID: Final = "only one of email_id or group_id may be set"
+GROUP_ID_REQUIRED: Final = "group_id is required"
+NOT_FOUND: Final = "not found"
+INTERNAL_ERROR: Final = "internal error"
+RESPONSE_TOO_LARGE: Final = "response too large; use limit and cursor"
+
+# -- header fields of a mail ----------------------------------------------------------------
+TRACKING_HEADER: Final = "X-LFX-TRACKING-ID"
+"""``<group_id>/<email_id>``; what follows the last ``/`` is the email_id."""
+
+SES_CONFIGURATION_SET_HEADER: Final = "X-SES-CONFIGURATION-SET"
+SES_MESSAGE_TAGS_HEADER: Final = "X-SES-MESSAGE-TAGS"
+SES_EMAIL_ID_TAG: Final = "email_id"

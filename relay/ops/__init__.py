@@ -1,0 +1,1 @@
+"""What keeps the processes running: skeleton, logs, health, supervisord, the development stack."""

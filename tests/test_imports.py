@@ -1,0 +1,124 @@
+"""Who may import what: the house's rules, read from the code itself."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "workers").glob("*.py")])
+
+ONLY_IN = {
+    "nats": ("relay/bus/",),
+    "asyncio": ("relay/bus/",),
+    "boto3": ("relay/aws/",),
+    "botocore": ("relay/aws/",),
+    "gevent": (
+        "relay/bus/",
+        "relay/delivery/",
+        "relay/ops/process.py",
+        "relay/ops/health.py",
+        "relay/tracking/storage.py",
+        "relay/tracking/tracker.py",
+        "workers/",
+    ),
+    "supervisor": ("relay/ops/supervision.py",),
+    "aiosmtpd": ("relay/ops/catcher.py",),
+}
+"""Packages from outside, and where they may be imported."""
+
+PURE = (
+    "relay/contract.py",
+    "relay/errors.py",
+    "relay/submission/",
+    "relay/tracking/record.py",
+    "relay/tracking/groups.py",
+    "relay/delivery/reply.py",
+    "relay/delivery/outcome.py",
+    "relay/delivery/trouble.py",
+    "relay/delivery/circuit.py",
+    "relay/delivery/pool_state.py",
+)
+"""No sockets, gevent, asyncio, boto3, environment, nor a clock of their own."""
+
+IMPURE_IMPORTS = {"socket", "ssl", "gevent", "asyncio", "boto3", "nats", "threading", "subprocess"}
+CLOCKS = {("time", "time"), ("time", "monotonic"), ("datetime", "now"), ("datetime", "utcnow")}
+
+LEVELS = [
+    ("relay.contract", "relay.errors"),
+    ("relay.submission",),
+    ("relay.bus", "relay.aws", "relay.delivery"),
+    ("relay.tracking",),
+    ("relay.sending", "relay.engagement", "relay.reporting"),
+    ("relay.settings",),
+    ("relay.ops",),
+    ("relay.cli", "workers"),
+]
+"""Imports run downhill: a module imports from its own level's package, or from a level above in this list."""
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node.lineno
+
+
+def _level(module: str) -> int | None:
+    for number, packages in enumerate(LEVELS):
+        if any(module == package or module.startswith(package + ".") for package in packages):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_outside_packages_are_imported_only_where_they_belong(path: Path) -> None:
+    for module, line in _imports(path):
+        allowed = ONLY_IN.get(module.split(".")[0])
+        assert allowed is None or _name(path).startswith(allowed), f"{_name(path)}:{line} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_only_settings_reads_the_environment(path: Path) -> None:
+    if _name(path) == "relay/settings.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "environb"}:
+            pytest.fail(f"{_name(path)}:{node.lineno} reads the environment")
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if _name(path).startswith(PURE)], ids=_name)
+def test_deciding_modules_are_pure(path: Path) -> None:
+    for module, line in _imports(path):
+        assert module.split(".")[0] not in IMPURE_IMPORTS, f"{_name(path)}:{line} imports {module}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            assert (owner, node.func.attr) not in CLOCKS, f"{_name(path)}:{node.lineno} has a clock of its own"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_run_downhill(path: Path) -> None:
+    own = _name(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    own_level = _level(own)
+    if own_level is None:
+        assert own == "relay", f"{own} has no level in this test: give it one"
+        return
+    for module, line in _imports(path):
+        level = _level(module)
+        same_package = own.rsplit(".", 1)[0] == module.rsplit(".", 1)[0] or own.split(".")[:2] == module.split(".")[:2]
+        assert level is None or level < own_level or same_package, f"{_name(path)}:{line} imports {module} uphill"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("[a-z]*.py")), ids=_name)
+def test_a_worker_is_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 80
