@@ -1,0 +1,68 @@
+"""Back-pressure: whether a request is taken, or answered ``overloaded`` at once. Pure; time is passed in.
+
+A request is refused when the backlog is full, or when it would wait longer than its deadline allows:
+backlog ÷ recent rate. The rate is what was finished while there was a backlog to work on (a rate
+measured in quiet times says how much was asked, not how much can be done), so in the first second of a
+busy spell nothing is known and everything that fits the backlog is taken: a burst that can be served in
+time is served.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW_SECONDS = 5.0
+LEARN_SECONDS = 1.0
+TICK_SECONDS = 0.25
+
+
+class Admission:
+    """Counts what is in hand. ``busy_above`` is how many can be worked on at once (the pool's size)."""
+
+    def __init__(self, limit: int, limit_bytes: int, busy_above: int) -> None:
+        self._limit = limit
+        self._limit_bytes = limit_bytes
+        self._busy_above = busy_above
+        self._busy_since: float | None = None
+        self._finished = 0
+        self._ticks: deque[tuple[float, int]] = deque()
+        self.backlog = 0
+        self.backlog_bytes = 0
+
+    def take(self, now: float, size_bytes: int, patience_seconds: float) -> bool:
+        """Whether the request is taken. If so, ``finish`` must follow."""
+        if self.backlog >= self._limit or self.backlog_bytes + size_bytes > self._limit_bytes:
+            return False
+        if self._busy_since is not None and self.predicted_wait_seconds(now) > patience_seconds:
+            return False
+        self.backlog += 1
+        self.backlog_bytes += size_bytes
+        if self._busy_since is None and self.backlog > self._busy_above:
+            self._busy_since = now
+            self._ticks.clear()
+            self._ticks.append((now, self._finished))
+        return True
+
+    def finish(self, now: float, size_bytes: int) -> None:
+        """A request that was taken is answered."""
+        self.backlog -= 1
+        self.backlog_bytes -= size_bytes
+        self._finished += 1
+        if self._busy_since is None:
+            return
+        if self.backlog <= self._busy_above:
+            self._busy_since = None
+        elif now - self._ticks[-1][0] >= TICK_SECONDS:
+            self._ticks.append((now, self._finished))
+            while now - self._ticks[0][0] > WINDOW_SECONDS:
+                self._ticks.popleft()
+
+    def predicted_wait_seconds(self, now: float) -> float:
+        """How long a request that came now would wait; 0 while nothing is known."""
+        if self._busy_since is None or now - self._busy_since < LEARN_SECONDS:
+            return 0.0
+        since, finished_then = self._ticks[0]
+        done = self._finished - finished_then
+        if not done:
+            return float("inf")
+        return self.backlog * (now - since) / done
