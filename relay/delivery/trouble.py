@@ -1,0 +1,160 @@
+"""What to do about a failure: the only place that maps one to an outcome's state and to its blast radius.
+
+Pure. Owns the table below; leaves acting on it to ``session`` (connections), ``pool`` and ``smarthost`` (the circuit).
+Sources: RFC 5321 §4.2.1, §4.2.4.2, §4.3.2; RFC 3463 §3; RFC 4954 §6; RFC 1047; Amazon SES, "SMTP response codes".
+
+=====================================  ===========  ==========  ========  =====
+failure                                state        radius      reusable  probe
+=====================================  ===========  ==========  ========  =====
+**the peer's reply**
+421 at any point                       DEFERRED     connection  no        noop*
+451 4.4.2 (it tired of waiting)        DEFERRED     connection  no        noop*
+4yz, 5yz in banner … AUTH, NOOP        DEFERRED     smarthost   no        noop
+530, 534, 535, 538 after AUTH          DEFERRED     smarthost   no        mail
+454 … "quota exceeded"                 DEFERRED     smarthost   yes       mail
+503 (we are out of step)               DEFERRED     connection  no        -
+4yz to RCPT                            DEFERRED     recipient   yes       -
+4yz to MAIL, DATA, the final dot       DEFERRED     transaction yes       -
+5yz 5.5.3 to RCPT (too many)           DEFERRED     recipient   yes       -
+5yz to RCPT                            FAILED       recipient   yes       -
+554 denied / not verified, for the
+default sender                         FAILED       smarthost   yes       mail
+5yz to MAIL, DATA, the final dot       FAILED       transaction yes       -
+to RSET: anything but 2yz              DEFERRED     connection  no        -
+**here**
+until AUTH: refused, lost, timeout …   DEFERRED     smarthost   no        noop
+MAIL … content: lost, timeout, garbage DEFERRED     connection  no        -
+after the final dot: the same          IN_DOUBT     connection  no        -
+too big, SMTPUTF8 missing, bad path    FAILED       transaction yes       -
+no connection in time, closing, open   DEFERRED     transaction yes       -
+=====================================  ===========  ==========  ========  =====
+
+\\* only while the connection is being opened; then the radius is the smarthost's.
+
+"Smarthost" for a connection that could not be opened means: as far as this connection can tell. ``smarthost`` opens
+the circuit for it only when no other connection lives, since those prove the contrary.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from relay.delivery.outcome import Outcome, Phase, SaidBy, State
+from relay.delivery.reply import Reply
+
+
+class Radius(enum.IntEnum):
+    """How much else a failure concerns; ordered, so that the widest of several can be taken with ``max``."""
+
+    RECIPIENT = 1
+    TRANSACTION = 2
+    CONNECTION = 3
+    SMARTHOST = 4
+
+
+class Probe(enum.StrEnum):
+    """What shows that the smarthost serves us again."""
+
+    NOOP = "noop"
+    """A connection that gets as far as a 250 to NOOP."""
+    MAIL = "mail"
+    """One real mail: connecting and logging in worked all the time."""
+
+
+class LocalFailure(enum.Enum):
+    """What happened here, without a reply; the value is the text for ``Outcome.detail``."""
+
+    TIMEOUT = "timed out"
+    LOST = "connection lost"
+    GARBAGE = "the smarthost broke the protocol"
+    UNREACHABLE = "cannot connect"
+    TLS = "TLS failed"
+    NOT_OFFERED = "a needed extension is not offered"
+    NO_CONNECTION = "no connection in time"
+    CLOSING = "shutting down"
+    CIRCUIT_OPEN = "smarthost unavailable"
+    TOO_BIG = "5.3.4 the mail is larger than the smarthost takes"
+    NEEDS_SMTPUTF8 = "5.6.7 the address needs SMTPUTF8, which the smarthost does not offer"
+    BAD_PATH = "5.1.0 the address cannot be put into an SMTP command"
+
+
+class Trouble(NamedTuple):
+    """What one failure means."""
+
+    state: State
+    radius: Radius
+    is_reusable: bool = True
+    """Whether the connection may carry another transaction."""
+    probe: Probe | None = None
+    """What closes the circuit; set exactly when ``radius`` is SMARTHOST."""
+
+
+OPENING_PHASES = frozenset({Phase.CONNECT, Phase.BANNER, Phase.EHLO, Phase.STARTTLS, Phase.AUTH, Phase.NOOP})
+"""Before the first mail; NOOP is only asked to see whether a new connection is good."""
+_NOT_LOGGED_IN_CODES = frozenset({530, 534, 535, 538})
+_MESSAGE_FAILURES = frozenset({LocalFailure.TOO_BIG, LocalFailure.NEEDS_SMTPUTF8, LocalFailure.BAD_PATH})
+_NO_ATTEMPT_FAILURES = frozenset({LocalFailure.NO_CONNECTION, LocalFailure.CLOSING, LocalFailure.CIRCUIT_OPEN})
+
+_CONNECTION_TROUBLE = Trouble(State.DEFERRED, Radius.CONNECTION, is_reusable=False)
+_OPENING_TROUBLE = Trouble(State.DEFERRED, Radius.SMARTHOST, is_reusable=False, probe=Probe.NOOP)
+
+
+def classify_reply(phase: Phase, reply: Reply, *, default_sender: str = "") -> Trouble:
+    """Say what a refusal (4yz, 5yz) means.
+
+    ``default_sender`` is the reverse-path when it is the one that Relay uses by default, else ''.
+    """
+    if phase in OPENING_PHASES:
+        return _OPENING_TROUBLE
+    if is_goodbye(reply) or reply.code == 503 or phase is Phase.RSET:
+        return _CONNECTION_TROUBLE
+    if reply.code in _NOT_LOGGED_IN_CODES:
+        return Trouble(State.DEFERRED, Radius.SMARTHOST, is_reusable=False, probe=Probe.MAIL)
+    text = reply.text.lower()
+    if reply.code == 454 and "quota exceeded" in text:
+        return Trouble(State.DEFERRED, Radius.SMARTHOST, probe=Probe.MAIL)
+    if reply.code == 554 and _concerns_sender(text, default_sender.lower()):
+        return Trouble(State.FAILED, Radius.SMARTHOST, probe=Probe.MAIL)
+    is_too_many = phase is Phase.RCPT and reply.enhanced_code == "5.5.3"
+    state = State.DEFERRED if reply.is_transient or is_too_many else State.FAILED
+    return Trouble(state, Radius.RECIPIENT if phase is Phase.RCPT else Radius.TRANSACTION)
+
+
+def classify_local(phase: Phase, failure: LocalFailure) -> Trouble:
+    """Say what a failure without a reply means."""
+    if failure in _MESSAGE_FAILURES:
+        return Trouble(State.FAILED, Radius.TRANSACTION)
+    if failure in _NO_ATTEMPT_FAILURES:
+        return Trouble(State.DEFERRED, Radius.TRANSACTION)
+    if phase in OPENING_PHASES:
+        return _OPENING_TROUBLE
+    if phase is Phase.DOT:
+        return Trouble(State.IN_DOUBT, Radius.CONNECTION, is_reusable=False)
+    return _CONNECTION_TROUBLE
+
+
+def is_goodbye(reply: Reply) -> bool:
+    """Whether the peer is about to close the connection: 421 (RFC 5321 §3.8), or SES's 451 4.4.2 to an idle client."""
+    return reply.code == 421 or (reply.code == 451 and reply.enhanced_code == "4.4.2")
+
+
+def refused(trouble: Trouble, phase: Phase, reply: Reply) -> Outcome:
+    """Make the outcome of a refusal."""
+    return Outcome(trouble.state, reply.text, reply.code, reply.enhanced_code, SaidBy.PEER, phase)
+
+
+def failed_here(trouble: Trouble, phase: Phase, failure: LocalFailure, detail: str = "") -> Outcome:
+    """Make the outcome of a failure without a reply; ``detail`` is one line without secrets."""
+    text = f"{failure.value}: {detail}" if detail else failure.value
+    return Outcome(trouble.state, text, None, "", SaidBy.LOCAL, phase)
+
+
+def _concerns_sender(text: str, default_sender: str) -> bool:
+    """Whether SES's 554 is about the default sender itself.
+
+    In its sandbox SES says "not verified" about recipients too, and names them; that is one mail's trouble.
+    """
+    if not default_sender or not ("access denied" in text or "not verified" in text):
+        return False
+    return default_sender in text or "@" not in text

@@ -1,0 +1,61 @@
+"""What goes out on the wire: the commands of a transaction and its content, as bytes (RFC 5321 §4.1.1, §4.5.2).
+
+Pure. Owns the guarantee that neither a path nor the content can become a command. Whether an address is one is
+``submission.address``'s matter, line ends in the content are ``submission.compose``'s; this is the last look.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+END_OF_CONTENT: Final = b".\r\n"
+
+# Printable ASCII that cannot end the path or the command: no space, quote or angle bracket.
+_PLAIN_PATH: Final = re.compile(r"[!#-;=?-~]*")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_QUOTED_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
+_LINE_END: Final = re.compile(rb"\r\n|\r|\n")
+
+
+def mail_command(reverse_path: str, size_bytes: int | None, *, is_smtputf8: bool) -> bytes:
+    """Return MAIL. ``size_bytes`` is taken before dot-stuffing (RFC 1870 §3), ``None`` when SIZE is not offered."""
+    size = "" if size_bytes is None else f" SIZE={size_bytes}"
+    return f"MAIL FROM:<{reverse_path}>{size}{' SMTPUTF8' if is_smtputf8 else ''}\r\n".encode()
+
+
+def rcpt_command(forward_path: str) -> bytes:
+    """Return RCPT."""
+    return f"RCPT TO:<{forward_path}>\r\n".encode()
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether the path is ASCII and safe at a glance; most are."""
+    return _PLAIN_PATH.fullmatch(path) is not None
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether the path stays inside its angle brackets. A quoted local part may hold spaces and brackets."""
+    if _CONTROL.search(path):
+        return False
+    if path.startswith('"'):
+        path = _QUOTED_STRING.sub("", path, count=1)
+    return not any(character in path for character in '<>" ')
+
+
+def dot_stuffed(content: bytes) -> bytes:
+    """Return ``content`` as DATA carries it: transparent (RFC 5321 §4.5.2) and with its final dot.
+
+    ``content`` should have CRLF line ends only, as ``compose`` makes them. Should a dot follow a lone LF all the same,
+    all line ends are made CRLF first: a receiver that takes a lone LF for a line end would see the mail end there.
+    A lone CR in otherwise clean content is not looked for: that would cost as much again, for every mail.
+    """
+    if b"\n." in content or content.startswith(b".") or not content.endswith(b"\r\n"):
+        if not content.count(b"\n") == content.count(b"\r") == content.count(b"\r\n"):
+            content = _LINE_END.sub(b"\r\n", content)
+        content = content.replace(b"\r\n.", b"\r\n..")
+        if content.startswith(b"."):
+            content = b"." + content
+        if not content.endswith(b"\r\n"):
+            content += b"\r\n"
+    return content + END_OF_CONTENT
