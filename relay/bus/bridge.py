@@ -1,0 +1,100 @@
+"""The crossing between greenlets and asyncio: one asyncio loop, living in one greenlet.
+
+Owns the loop and how work gets into it. nats-py lives in the loop; everything else in the process
+is greenlets. The loop waits in gevent's selector, so while nothing happens on the bus the hub runs
+the other greenlets, and the other way round. Work posted to the loop is batched: the first post
+wakes it, those that follow before it runs cost a ``deque.append``.
+
+There can be one running asyncio loop per thread, so a process has at most one ``Bridge``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import gevent
+from gevent.event import AsyncResult
+from gevent.selectors import GeventSelector
+
+from relay.errors import BusUnavailable
+
+T = TypeVar("T")
+
+
+class Bridge:
+    """Runs one asyncio loop in a greenlet; ``post`` and ``call`` are for the other greenlets."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.SelectorEventLoop(GeventSelector())
+        self._posted: deque[Callable[[], object]] = deque()
+        self._is_woken = False
+        self._greenlet: gevent.Greenlet | None = None
+
+    def start(self) -> None:
+        """Starts the loop. Returns at once."""
+        self._greenlet = gevent.spawn(self._run)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+
+    def post(self, work: Callable[[], object]) -> None:
+        """Has the loop call ``work`` soon; it must not block and not raise. Never switches greenlets."""
+        self._posted.append(work)
+        if not self._is_woken:
+            self._is_woken = True
+            self._loop.call_soon_threadsafe(self._run_posted)
+
+    def _run_posted(self) -> None:
+        self._is_woken = False
+        while self._posted:
+            self._posted.popleft()()
+
+    def call(self, coroutine: Coroutine[Any, Any, T], timeout_seconds: float) -> T:
+        """Runs ``coroutine`` in the loop and blocks this greenlet for its result.
+
+        Raises what it raises; ``BusUnavailable`` when it took longer (it is then cancelled).
+        """
+        result: AsyncResult = AsyncResult()
+        task: asyncio.Task[T] | None = None
+
+        def settle(done: asyncio.Task[T]) -> None:
+            if done.cancelled():
+                result.set_exception(BusUnavailable("the bus gave up waiting for NATS"))
+            elif (error := done.exception()) is not None:
+                result.set_exception(error)
+            else:
+                result.set(done.result())
+
+        def begin() -> None:
+            nonlocal task
+            task = self._loop.create_task(coroutine)
+            task.add_done_callback(settle)
+
+        self.post(begin)
+        try:
+            value: T = result.get(timeout=timeout_seconds)
+        except gevent.Timeout:
+            self.post(lambda: task.cancel() if task else None)
+            raise BusUnavailable(f"NATS did not answer within {timeout_seconds:g} s") from None
+        return value
+
+    def stop(self, timeout_seconds: float = 2.0) -> None:
+        """Cancels every task, ends the loop and waits for its greenlet. Safe to call twice."""
+        if self._greenlet is None or self._greenlet.dead:
+            return
+
+        async def cancel_all() -> None:
+            others = [task for task in asyncio.all_tasks(self._loop) if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            self._loop.stop()
+
+        self.post(lambda: self._loop.create_task(cancel_all()))
+        self._greenlet.join(timeout=timeout_seconds)

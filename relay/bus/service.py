@@ -1,0 +1,143 @@
+"""Serving one NATS subject: every request gets exactly one reply, whatever it holds.
+
+Owns the per-request boundary: where replies may go, how many requests are in hand, one greenlet per
+request, and the one broad ``except`` of a worker. Leaves what a request means to the handler.
+
+A reply goes only to a subject under the allowed prefixes, and never to our own inbox: a caller who may
+publish only requests could otherwise have us overwrite a record, forge a fact, or acknowledge our own
+writes, by naming that subject as the reply subject.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import gevent
+from gevent.event import Event
+
+from relay.bus.client import Bus, Msg, Publication, is_plain_subject
+
+log = logging.getLogger("relay.bus")
+
+
+class Gate(Protocol):
+    """Decides whether a request is taken, and counts what is in hand."""
+
+    backlog: int
+
+    def take(self, now: float, size_bytes: int, patience_seconds: float) -> bool:
+        """Whether the request is taken. If so, ``finish`` must follow."""
+
+    def finish(self, now: float, size_bytes: int) -> None:
+        """A request that was taken is answered."""
+
+
+class Handler(NamedTuple):
+    """What answers the requests of one subject. The functions return the reply as JSON bytes."""
+
+    answer: Callable[[bytes, float], bytes]
+    """``answer(payload, deadline)``: ``deadline`` on ``time.monotonic()``. It may block its greenlet."""
+    overloaded: bytes
+    """The reply to a request that is not taken."""
+    broken: bytes
+    """The reply when ``answer`` raised: a bug of ours."""
+    too_large: bytes
+    """The reply when the answer exceeds the server's max_payload."""
+
+
+class Service:
+    """One subscription of a queue group and the requests in hand."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        nats_subject: str,
+        queue_group: str,
+        handler: Handler,
+        gate: Gate,
+        patience_seconds: float,
+        reply_prefixes: tuple[str, ...],
+    ) -> None:
+        self._bus = bus
+        self._nats_subject = nats_subject
+        self._queue_group = queue_group
+        self._handler = handler
+        self._gate = gate
+        self._patience_seconds = patience_seconds
+        self._reply_prefixes = tuple(f"{prefix}." for prefix in reply_prefixes)
+        self._own_inbox = bus.inbox_prefix + "."
+        self._token: int | None = None
+        self._nothing_in_hand = Event()
+        self._nothing_in_hand.set()
+        self.in_hand = 0
+        self.answered = 0
+        self.refused = 0
+        """Answered ``overloaded``."""
+        self.dropped = 0
+        """Dropped because the reply subject is not an allowed one."""
+
+    def start(self) -> None:
+        """Joins the queue group."""
+        self._token = self._bus.subscribe(self._nats_subject, self._queue_group, self._on_msg)
+
+    def stop(self) -> None:
+        """Leaves the queue group; what the server had already sent is still answered."""
+        if self._token is not None:
+            self._bus.unsubscribe(self._token)
+            self._token = None
+
+    def wait_answered(self, timeout_seconds: float) -> int:
+        """Blocks until every request in hand is answered; returns how many are left at the deadline."""
+        self._nothing_in_hand.wait(timeout_seconds)
+        return self.in_hand
+
+    def _on_msg(self, msg: Msg) -> None:
+        """Runs in the bus's greenlet: decides and hands over, nothing more."""
+        if msg.reply_subject and not self._may_reply_to(msg.reply_subject):
+            self.dropped += 1
+            log.warning(
+                "dropped a request on %s: its reply subject %.100r is not under RELAY_REPLY_PREFIXES",
+                msg.nats_subject,
+                msg.reply_subject,
+            )
+            return
+        now = time.monotonic()
+        if not self._gate.take(now, len(msg.payload), self._patience_seconds):
+            self.refused += 1
+            self._reply(msg.reply_subject, self._handler.overloaded)
+            return
+        self.in_hand += 1
+        self._nothing_in_hand.clear()
+        gevent.spawn(self._serve, msg, now + self._patience_seconds)
+
+    def _serve(self, msg: Msg, deadline: float) -> None:
+        reply = self._handler.broken
+        try:
+            reply = self._handler.answer(msg.payload, deadline)
+        except Exception:
+            log.exception("a request on %s could not be answered", msg.nats_subject)
+        finally:
+            self._gate.finish(time.monotonic(), len(msg.payload))
+            self._reply(msg.reply_subject, reply)
+            self.answered += 1
+            self.in_hand -= 1
+            if not self.in_hand:
+                self._nothing_in_hand.set()
+
+    def _reply(self, reply_subject: str, reply: bytes) -> None:
+        if not reply_subject:
+            return
+        if len(reply) > self._bus.max_payload_bytes:
+            reply = self._handler.too_large
+        self._bus.publish(Publication(reply_subject, reply))
+
+    def _may_reply_to(self, nats_subject: str) -> bool:
+        return (
+            nats_subject.startswith(self._reply_prefixes)
+            and not nats_subject.startswith(self._own_inbox)
+            and is_plain_subject(nats_subject)
+        )

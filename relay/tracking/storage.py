@@ -1,0 +1,122 @@
+"""The bucket of records and the stream of facts: how they are made when they are missing.
+
+What exists is used as it is: a bucket that lfx's chart made keeps its limits. Made by us, the bucket
+has no limit on a value's size and both allow direct gets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import gevent
+
+from relay import contract
+from relay.bus.jetstream import (
+    NOT_ENABLED,
+    NOT_ENABLED_FOR_ACCOUNT,
+    STREAM_NAME_IN_USE,
+    STREAM_NOT_FOUND,
+    JetStream,
+)
+from relay.errors import BusRefused, BusUnavailable
+
+DUPLICATE_WINDOW_SECONDS = 120
+NANOSECONDS = 1_000_000_000
+DAY_SECONDS = 86_400
+RETRY_SECONDS = 1.0
+NO_JETSTREAM_SECONDS = 10.0
+NO_JETSTREAM = "JetStream is not enabled on the NATS server; start it with -js (and a store directory)"
+
+
+class StorageConfig(NamedTuple):
+    """How bucket and stream are made; settings TRACKING_*."""
+
+    replicas: int = 1
+    ttl_days: int = 0
+    """The log's; records are kept a day longer, or a group's totals would pass 100 %. 0: for ever."""
+    storage: str = "file"
+
+
+def ensure_storage(jetstream: JetStream, config: StorageConfig) -> str:
+    """Makes what is missing. '' when records and facts can be kept, else one sentence why they cannot.
+
+    Raises ``BusUnavailable`` when JetStream does not answer.
+    """
+    try:
+        for stream in (_bucket(config), _log(config)):
+            _ensure_stream(jetstream, stream)
+    except BusRefused as error:
+        if error.code in {NOT_ENABLED, NOT_ENABLED_FOR_ACCOUNT, 503}:
+            return NO_JETSTREAM
+        return f"the tracking storage could not be made: {error}"
+    return ""
+
+
+def wait_for_storage(jetstream: JetStream, config: StorageConfig, say: Callable[[str], None]) -> None:
+    """Blocks until records and facts can be kept; tries again every few seconds, for ever.
+
+    ``say`` is told why not after each try, and '' at the end.
+    """
+    while True:
+        why_not = why_unusable(jetstream, config)
+        say(why_not)
+        if not why_not:
+            return
+        gevent.sleep(NO_JETSTREAM_SECONDS if why_not == NO_JETSTREAM else RETRY_SECONDS)
+
+
+def why_unusable(jetstream: JetStream, config: StorageConfig) -> str:
+    """Tries once, as ``ensure_storage``, with its exceptions as the sentence that they are."""
+    try:
+        return ensure_storage(jetstream, config)
+    except BusUnavailable as error:
+        return str(error)
+
+
+def _ensure_stream(jetstream: JetStream, stream: dict[str, Any]) -> None:
+    try:
+        jetstream.api(f"STREAM.INFO.{stream['name']}")
+    except BusRefused as error:
+        if error.code != STREAM_NOT_FOUND:
+            raise
+        try:
+            jetstream.api(f"STREAM.CREATE.{stream['name']}", stream)
+        except BusRefused as refusal:
+            if refusal.code != STREAM_NAME_IN_USE:  # another worker was first
+                raise
+
+
+def _bucket(config: StorageConfig) -> dict[str, Any]:
+    name = contract.RECIPIENTS_BUCKET
+    return _stream(
+        config,
+        name=f"KV_{name}",
+        subjects=[f"$KV.{name}.>"],
+        max_msgs_per_subject=1,
+        discard="new",
+        deny_delete=True,
+        allow_rollup_hdrs=True,
+        max_age=(config.ttl_days + 1) * DAY_SECONDS * NANOSECONDS if config.ttl_days else 0,
+    )
+
+
+def _log(config: StorageConfig) -> dict[str, Any]:
+    return _stream(
+        config,
+        name=contract.LOG_STREAM,
+        subjects=[f"{contract.LOG_PREFIX}.*.*"],
+        discard="old",
+        max_age=config.ttl_days * DAY_SECONDS * NANOSECONDS,
+    )
+
+
+def _stream(config: StorageConfig, **own: Any) -> dict[str, Any]:
+    return {
+        "retention": "limits",
+        "storage": config.storage,
+        "num_replicas": config.replicas,
+        "allow_direct": True,
+        "duplicate_window": DUPLICATE_WINDOW_SECONDS * NANOSECONDS,
+        **own,
+    }

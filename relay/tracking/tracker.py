@@ -1,0 +1,124 @@
+"""Writing a mail's ``sent`` fact and its record, right after it was handed over.
+
+A tracking failure never turns a relayed mail into an error: it is logged, counted and shown. After
+``FAILURES_TO_SUSPEND`` in a row nothing is written any more until a probe finds JetStream well again,
+so that a hung JetStream costs each mail nothing instead of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import gevent
+
+from relay import contract
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.errors import BusRefused, BusUnavailable, RevisionConflict
+from relay.tracking.groups import SHARED_TOKEN, group_token
+from relay.tracking.log import Fact, fact_publication
+from relay.tracking.record import new_record, rfc3339
+from relay.tracking.storage import StorageConfig, wait_for_storage, why_unusable
+
+log = logging.getLogger("relay.tracking")
+
+FAILURES_TO_SUSPEND = 3
+
+
+class Tracker:
+    """Keeps records and facts of what is sent; ``note`` is safe to call whatever state JetStream is in."""
+
+    def __init__(
+        self, jetstream: JetStream, config: StorageConfig, ack_seconds: float, on_change: Callable[[str], None]
+    ) -> None:
+        self._jetstream = jetstream
+        self._config = config
+        self._ack_seconds = ack_seconds
+        self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
+        self._on_change = on_change
+        self._failures_in_a_row = 0
+        self._probe: gevent.Greenlet | None = None
+        self.off_reason = "not connected yet"
+        """Why nothing is being tracked, '' while it is."""
+        self.tracked = 0
+        self.lost = 0
+        """Mails that went out without a complete record."""
+
+    def start(self) -> None:
+        """Makes bucket and log when they are missing. Blocks for the first try; goes on in the background."""
+        self._say(why_unusable(self._jetstream, self._config))
+        if self.off_reason:
+            self._start_probe()
+
+    def note(
+        self,
+        *,
+        email_id: str,
+        group_id: str,
+        to: str,
+        subject_header: str,
+        at: float,
+        is_relayed: bool,
+        outcome: str = "",
+        remote_id: str = "",
+    ) -> None:
+        """Writes the ``sent`` fact (of a relayed mail) and the record; blocks until both are acknowledged.
+
+        At most ``ack_seconds``. ``at`` is the epoch time of the smarthost's reply. Never raises.
+        """
+        if self.off_reason:
+            self._lose(email_id, self.off_reason)
+            return
+        sent_at = rfc3339(at)
+        record = new_record(
+            email_id=email_id,
+            group_id=group_id,
+            to=to,
+            subject_header=subject_header,
+            sent_at=sent_at,
+            outcome=outcome,
+            remote_id=remote_id,
+        )
+        publications = [self._bucket.creation(email_id, record)]
+        if is_relayed:
+            token = SHARED_TOKEN if group_id == email_id else group_token(group_id)
+            publications.insert(0, fact_publication(token, Fact.SENT, email_id, sent_at))
+        for answer in self._jetstream.store(publications, self._ack_seconds):
+            # The key is a new UUID of ours: a conflict means that our own write arrived twice.
+            if isinstance(answer, BusUnavailable | BusRefused) and not isinstance(answer, RevisionConflict):
+                self._fail(email_id, answer)
+                return
+        self._failures_in_a_row = 0
+        self.tracked += 1
+
+    def stop(self) -> None:
+        """Ends the background probe."""
+        if self._probe is not None:
+            self._probe.kill(timeout=1)
+
+    def _fail(self, email_id: str, error: Exception) -> None:
+        self._lose(email_id, str(error))
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= FAILURES_TO_SUSPEND and not self.off_reason:
+            self._say(str(error))
+            self._start_probe()
+
+    def _lose(self, email_id: str, why: str) -> None:
+        self.lost += 1
+        log.warning("mail is not tracked: %s", why, extra={"email_id": email_id})
+
+    def _start_probe(self) -> None:
+        if self._probe is None or self._probe.dead:
+            self._probe = gevent.spawn(wait_for_storage, self._jetstream, self._config, self._say)
+
+    def _say(self, why_off: str) -> None:
+        if why_off == self.off_reason:
+            return
+        self.off_reason = why_off
+        self._failures_in_a_row = 0
+        self._on_change(why_off)
+        if why_off:
+            log.warning("tracking is off: %s", why_off)
+        else:
+            log.info("tracking is on")

@@ -1,0 +1,55 @@
+"""Group ids as subject tokens: legal, short, and no two share one."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.tracking.groups import MAX_TOKEN_LENGTH, SHARED_TOKEN, group_token, tracking_id
+
+LEGAL = re.compile(r"[A-Za-z0-9_/=-]{1,128}")
+
+
+@pytest.mark.parametrize("group_id", ["a", "invite-batch-abc123", "a/b", "_x", "/", "9" * 128])
+def test_a_plain_id_is_its_own_token(group_id: str) -> None:
+    assert group_token(group_id) == group_id
+
+
+NOT_PLAIN = ["-", "-a", "=", "=LQ", "a.b", "*", ">", "a b", "", "a@b", "ü", "🚀", "\n", "9" * 129, "🚀" * 10_000]
+
+
+@pytest.mark.parametrize("group_id", NOT_PLAIN)
+def test_anything_else_is_encoded(group_id: str) -> None:
+    token = group_token(group_id)
+    assert token.startswith("=")
+    assert token != SHARED_TOKEN
+    assert LEGAL.fullmatch(token)
+
+
+@given(st.text(max_size=300))
+def test_a_token_is_always_legal(group_id: str) -> None:
+    token = group_token(group_id)
+    assert LEGAL.fullmatch(token)
+    assert len(token) <= MAX_TOKEN_LENGTH
+
+
+@given(st.text(max_size=200), st.text(max_size=200))
+def test_no_two_ids_share_a_token(one: str, other: str) -> None:
+    assert (group_token(one) == group_token(other)) == (one == other)
+
+
+@given(st.text(alphabet="=-_/aLQ", min_size=1, max_size=5))
+def test_no_id_can_pass_for_an_encoded_one(group_id: str) -> None:
+    assert group_token(group_token(group_id)) == group_id or group_token(group_id) != group_token(group_token(group_id))
+
+
+@pytest.mark.parametrize(
+    ("group_id", "group"),
+    [("a/b", "a/b"), ("a b@c", "a b@c"), ("x" * 256, "x" * 256), ("ü", "=w7w"), ("a\r\nBcc: x", "=YQ0KQmNjOiB4")],
+)
+def test_the_tracking_header(group_id: str, group: str) -> None:
+    assert tracking_id(group_id, "id-1") == f"{group}/id-1"
+    assert tracking_id("x" * 257, "id-1").startswith("==")

@@ -1,0 +1,131 @@
+"""Writing records at sending: complete, on time, and never in the way of the mail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable
+
+import gevent
+import orjson
+import pytest
+
+from relay import contract
+from relay.bus.client import Bus
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.tracking.log import Log
+from relay.tracking.storage import StorageConfig
+from relay.tracking.tracker import FAILURES_TO_SUSPEND, Tracker
+from tests.support.nats_server import NatsServer
+
+ACK_SECONDS = 0.3
+
+
+def new_tracker(jetstream: JetStream) -> Tracker:
+    """A started tracker."""
+    tracker = Tracker(jetstream, StorageConfig(), ACK_SECONDS, on_change=lambda _: None)
+    tracker.start()
+    return tracker
+
+
+def note(
+    tracker: Tracker, *, email_id: str = "", group_id: str = "", is_relayed: bool = True, outcome: str = ""
+) -> str:
+    """Notes one mail; its email_id."""
+    email_id = email_id or str(uuid.uuid4())
+    tracker.note(
+        email_id=email_id,
+        group_id=group_id or email_id,
+        to="user@example.com",
+        subject_header="Hello",
+        at=time.time(),
+        is_relayed=is_relayed,
+        outcome=outcome,
+    )
+    return email_id
+
+
+def test_a_relayed_mail_has_a_record_and_a_fact(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = note(tracker, group_id="tracker-1")
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    assert orjson.loads(entry.value)["group_id"] == "tracker-1"
+    assert Log(jetstream).counts("tracker-1") == {"sent": 1}
+    assert (tracker.tracked, tracker.lost) == (1, 0)
+
+
+def test_a_mail_in_doubt_has_a_record_and_no_fact(jetstream: JetStream) -> None:
+    email_id = note(new_tracker(jetstream), group_id="tracker-2", is_relayed=False, outcome="in_doubt")
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    assert orjson.loads(entry.value)["outcome"] == "in_doubt"
+    assert Log(jetstream).counts("tracker-2") == {}
+
+
+def test_mails_without_a_group_share_a_subject(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    before = Log(jetstream).counts("-").get("sent", 0)
+    note(tracker)
+    note(tracker)
+    assert Log(jetstream).counts("-") == {"sent": before + 2}
+
+
+def test_our_own_write_arriving_twice_is_no_loss(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = note(tracker)
+    note(tracker, email_id=email_id)
+    assert (tracker.tracked, tracker.lost) == (2, 0)
+
+
+def test_a_frozen_jetstream_is_given_up_and_comes_back(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    # Given a tracker that works
+    server = new_nats_server()
+    tracker = new_tracker(JetStream(new_bus(server.url), timeout_seconds=ACK_SECONDS))
+    note(tracker)
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        # When JetStream answers no more, each mail costs the deadline …
+        for _ in range(FAILURES_TO_SUSPEND):
+            begun = time.monotonic()
+            note(tracker)
+            assert ACK_SECONDS * 0.9 < time.monotonic() - begun < ACK_SECONDS * 3
+        # … and then nothing at all
+        assert tracker.off_reason
+        begun = time.monotonic()
+        note(tracker)
+        assert time.monotonic() - begun < ACK_SECONDS / 2
+        assert tracker.lost == FAILURES_TO_SUSPEND + 1
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    # Then it comes back by itself
+    with gevent.Timeout(10):
+        while tracker.off_reason:
+            gevent.sleep(0.05)
+    note(tracker)
+    assert tracker.tracked == 2
+    tracker.stop()
+
+
+def test_without_jetstream_mails_are_counted_as_untracked(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    tracker = new_tracker(JetStream(new_bus(new_nats_server(jetstream=False).url)))
+    note(tracker)
+    assert "JetStream is not enabled" in tracker.off_reason
+    assert (tracker.tracked, tracker.lost) == (0, 1)
+    tracker.stop()
+
+
+@pytest.mark.parametrize("count", [500])
+def test_many_at_once(jetstream: JetStream, count: int) -> None:
+    tracker = new_tracker(jetstream)
+    gevent.joinall([gevent.spawn(note, tracker, group_id="tracker-many") for _ in range(count)], raise_error=True)
+    assert Log(jetstream).counts("tracker-many") == {"sent": count}
+    assert tracker.lost == 0
