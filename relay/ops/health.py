@@ -1,0 +1,56 @@
+"""The health page: ``/livez`` and ``/readyz`` on PORT, as lfx has them.
+
+``/livez`` is 200 while the process runs; ``/readyz`` is 200 when NATS is connected, else 503. The body of
+``/readyz`` says more, as JSON. Served by gevent's own WSGI server, meant for probes, not for the Internet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import orjson
+from gevent.pool import Pool
+from gevent.pywsgi import WSGIServer
+
+from relay.errors import ConfigError
+
+MAX_CONNECTIONS = 100
+
+
+class HealthServer:
+    """Serves the page until ``stop``. ``readiness()`` gives (ready, facts for the body)."""
+
+    def __init__(self, host: str, port: int, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+        self._readiness = readiness
+        self._server = WSGIServer((host, port), self._answer, log=None, spawn=Pool(MAX_CONNECTIONS))
+
+    def start(self) -> None:
+        """Starts listening. Raises ``ConfigError`` when the port cannot be had."""
+        try:
+            self._server.start()
+        except OSError as error:
+            host, port = self._server.address
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}); end what listens there, or set PORT"
+            ) from error
+
+    def stop(self) -> None:
+        """Stops listening and ends what is open."""
+        self._server.stop(timeout=0.5)
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if path == "/livez":
+            return _respond(start_response, "200 OK", {"status": "ok"})
+        if path == "/readyz":
+            is_ready, facts = self._readiness()
+            status = "200 OK" if is_ready else "503 Service Unavailable"
+            return _respond(start_response, status, {"status": "ok" if is_ready else "not ready", **facts})
+        return _respond(start_response, "404 Not Found", {"status": "not found; there are /livez and /readyz"})
+
+
+def _respond(start_response: Callable[..., Any], status: str, body: dict[str, Any]) -> list[bytes]:
+    content = orjson.dumps(body) + b"\n"
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
+    return [content]

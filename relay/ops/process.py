@@ -1,0 +1,129 @@
+"""The skeleton of a worker: settings, logs, NATS, signals, and the order of shutting down.
+
+A worker gives three things: ``start`` (returns when it serves, or waits inside until it can), ``stop_taking``
+and ``finish``. Shutting down goes in this order, since ``nats.drain()`` alone loses what is in flight: stop
+the subscriptions, finish what is in hand (records are written, replies published), close the pool, close NATS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn, Protocol
+
+import gevent
+from gevent.event import Event
+
+from relay.bus.client import Bus, without_password
+from relay.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_TEMPORARY, ConfigError, EgressUnavailable
+from relay.ops.logs import start_logging
+from relay.ops.presence import Presence
+from relay.settings import Settings, load_settings, unknown_names
+
+log = logging.getLogger("relay.process")
+
+
+class Context(NamedTuple):
+    """What every worker is given."""
+
+    settings: Settings
+    program: str
+    bus: Bus
+    presence: Presence
+    stop: Event
+    """Set when the process is asked to stop; every wait in ``start`` honours it."""
+
+
+class Worker(Protocol):
+    """One program's work."""
+
+    def start(self) -> None:
+        """Serves as soon as it can. May block until then; returns early when ``stop`` is set.
+
+        Raises ``EgressUnavailable`` when the process shall end and be started again later (exit 75).
+        """
+
+    def stop_taking(self) -> None:
+        """Ends the subscriptions."""
+
+    def finish(self, timeout_seconds: float) -> None:
+        """Finishes what is in hand, at most this long, and lets go of everything but the bus."""
+
+
+def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
+    """Runs a worker until SIGTERM or SIGINT; a second one means now. Never returns.
+
+    The program's name may be given as first argument (``send-2``). Exits 0 after an orderly stop, 78
+    on bad settings, 75 when the worker gave up for now.
+    """
+    program = sys.argv[1] if len(sys.argv) > 1 else program
+    try:
+        settings = load_settings()
+    except ConfigError as error:
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CONFIG)
+    start_logging(settings, program)
+    for name in unknown_names():
+        log.warning("the setting %s is not known and has no effect", name)
+    sys.exit(_run(settings, program, build))
+
+
+def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -> int:
+    stop = Event()
+    _stop_on_signals(stop)
+    presence = Presence(settings.relay_state_dir, program)
+
+    def on_bus_change(is_connected: bool, why: str) -> None:
+        presence.lacks("nats", "" if is_connected else f"NATS at {without_password(settings.nats_url)}: {why}")
+
+    presence.lacks("nats", f"NATS at {without_password(settings.nats_url)}: connecting")
+    bus = Bus(settings.nats_url, f"relay {program}", on_bus_change)
+    try:
+        worker = build(Context(settings, program, bus, presence, stop))
+    except ConfigError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    bus.start()
+    starting = gevent.spawn(_start, worker, bus, presence, stop)
+    starting.link_exception(lambda _: stop.set())
+    stop.wait()
+    failure = starting.exception
+    starting.kill(timeout=1)
+    _shut_down(worker, bus, presence, settings.drain_seconds)
+    if failure is None:
+        return EXIT_OK
+    return EXIT_TEMPORARY if isinstance(failure, EgressUnavailable) else EXIT_FAILED
+
+
+def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event) -> None:
+    while not bus.wait_connected(1.0):
+        if stop.is_set():
+            return
+    worker.start()
+    if not stop.is_set():
+        presence.lacks("start", "")
+        log.info("ready")
+
+
+def _shut_down(worker: Worker, bus: Bus, presence: Presence, drain_seconds: float) -> None:
+    deadline = time.monotonic() + drain_seconds
+    log.info("stopping: no more requests are taken")
+    presence.draining()
+    worker.stop_taking()
+    worker.finish(max(0.0, deadline - time.monotonic()))
+    bus.close()
+    log.info("stopped")
+
+
+def _stop_on_signals(stop: Event) -> None:
+    def ask() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        gevent.signal_handler(number, ask)

@@ -1,0 +1,148 @@
+"""The job: one request → submission → delivery → tracking → one reply.
+
+Read this file first: ``Sending.answer`` is the whole journey of a mail. It owns the order of the steps
+and the words of the reply; what each step does is in the room of its name.
+
+The reply's ids and its ``error`` are the contract's. Beside them stand fields that older callers ignore:
+``outcome`` (``refused``, ``failed``, ``deferred``, ``in_doubt``), ``retryable``, ``reply_code``, ``enhanced_code``,
+``detail``; on success ``message_id_header`` and ``remote_id``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import orjson
+
+from relay import contract
+from relay.bus.service import Handler
+from relay.delivery.outcome import SENT_STATES, Outcome, State
+from relay.delivery.smarthost import Smarthost
+from relay.errors import AddressInvalid, SubmissionRejected
+from relay.submission.compose import compose, date_header, new_email_id, new_message_id_header
+from relay.submission.mail import Mail
+from relay.submission.policy import Policy, Sender, judge
+from relay.submission.request import SendRequest, decode_send_request
+from relay.tracking.groups import tracking_id
+from relay.tracking.tracker import Tracker
+
+log = logging.getLogger("relay.sending")
+
+
+class Sending:
+    """Answers ``send_email``. One for all requests of a worker; ``answer`` runs in a greenlet per request."""
+
+    def __init__(self, *, policy: Policy, smarthost: Smarthost, tracker: Tracker, configuration_set: str) -> None:
+        self._policy = policy
+        self._smarthost = smarthost
+        self._tracker = tracker
+        self._configuration_set = configuration_set
+
+    def answer(self, payload: bytes, deadline: float) -> bytes:
+        """One request, one reply. ``deadline`` (``time.monotonic()``) bounds the attempt up to the final dot."""
+        try:
+            request = decode_send_request(payload)
+            sender = judge(request, self._policy)
+        except SubmissionRejected as refusal:
+            return _refused(refusal)
+        except AddressInvalid as error:
+            return _not_sent(Outcome(State.FAILED, f"to: {error}"))
+        if sender is None:
+            return _NOTHING_SENT
+        mail = self._compose(request, sender)
+        (outcome,) = self._smarthost.relay(mail.reverse_path, mail.forward_paths, mail.content, deadline)
+        if outcome.state in SENT_STATES:
+            self._record(mail, outcome)
+        _log(mail, outcome)
+        return _sent(mail, outcome) if outcome.state is State.RELAYED else _not_sent(outcome, mail)
+
+    def _compose(self, request: SendRequest, sender: Sender) -> Mail:
+        email_id = new_email_id()
+        group_id = request.group_id or email_id
+        message_id_header = new_message_id_header(sender.from_address.domain)
+        content = compose(
+            sender=sender,
+            request=request,
+            date_header=date_header(time.time()),
+            message_id_header=message_id_header,
+            tracking_id=tracking_id(group_id, email_id),
+            email_id=email_id,
+            configuration_set=self._configuration_set,
+        )
+        return Mail(
+            email_id=email_id,
+            group_id=group_id,
+            reverse_path=sender.from_address.mailbox,
+            forward_paths=(sender.recipient.mailbox,),
+            content=content,
+            to=request.to,
+            subject_header=request.subject_header,
+            message_id_header=message_id_header,
+        )
+
+    def _record(self, mail: Mail, outcome: Outcome) -> None:
+        is_relayed = outcome.state is State.RELAYED
+        self._tracker.note(
+            email_id=mail.email_id,
+            group_id=mail.group_id,
+            to=mail.to,
+            subject_header=mail.subject_header,
+            at=time.time(),
+            is_relayed=is_relayed,
+            outcome="" if is_relayed else outcome.state.value,
+            remote_id=outcome.remote_id,
+        )
+
+
+def _log(mail: Mail, outcome: Outcome) -> None:
+    fields = {"email_id": mail.email_id, "group_id": mail.group_id[:128], "outcome": outcome.state.value}
+    if outcome.state is State.RELAYED:
+        log.info("mail relayed", extra=fields)
+    else:
+        log.warning("mail not relayed: %s", outcome.detail[:200], extra=fields | {"reply_code": outcome.reply_code})
+
+
+def _refused(refusal: SubmissionRejected) -> bytes:
+    reply: dict[str, Any] = {"error": refusal.error, "outcome": "refused", "retryable": False}
+    if refusal.detail:
+        reply["detail"] = refusal.detail
+    return orjson.dumps(reply)
+
+
+def _sent(mail: Mail, outcome: Outcome) -> bytes:
+    reply = {"email_id": mail.email_id, "group_id": mail.group_id, "message_id_header": mail.message_id_header}
+    if outcome.remote_id:
+        reply["remote_id"] = outcome.remote_id
+    return orjson.dumps(reply)
+
+
+def _not_sent(outcome: Outcome, mail: Mail | None = None) -> bytes:
+    reply: dict[str, Any] = {
+        "error": contract.DELIVERY_FAILED,
+        "outcome": outcome.state.value,
+        "retryable": outcome.retryable,
+        "detail": outcome.detail,
+    }
+    if outcome.reply_code is not None:
+        reply["reply_code"] = outcome.reply_code
+    if outcome.enhanced_code:
+        reply["enhanced_code"] = outcome.enhanced_code
+    if mail is not None and outcome.state is State.IN_DOUBT:
+        reply["email_id"] = mail.email_id
+        reply["group_id"] = mail.group_id
+    return orjson.dumps(reply)
+
+
+_NOTHING_SENT = orjson.dumps({"email_id": "", "group_id": ""})
+
+
+def send_handler(sending: Sending) -> Handler:
+    """``send_email`` as the bus serves it, with the replies to what never reaches ``answer``."""
+    return Handler(
+        answer=sending.answer,
+        overloaded=_not_sent(Outcome(State.DEFERRED, "overloaded")),
+        broken=_not_sent(Outcome(State.IN_DOUBT, "the relay met an error of its own; it may have sent the mail")),
+        too_large=orjson.dumps({"error": contract.RESPONSE_TOO_LARGE}),
+    )

@@ -1,0 +1,299 @@
+"""Every setting, one row each: name, type, default, unit, meaning. The only reader of the environment.
+
+Names are those of ``lfx-v2-email-service`` where it has the setting, else the field's own words with
+the unit in the name. A row's ``why`` is the reason for its default. The README's table and
+``conf/relay.env.example`` are made from these rows, and a test holds them to it.
+
+An empty variable counts as unset (orchestrators set such), but for the three domain lists, where the
+contract gives it a meaning of its own: the empty list.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from relay.errors import AddressInvalid, ConfigError
+from relay.submission.address import parse_address
+from relay.submission.policy import normalised_domains
+
+TRUE_WORDS = frozenset({"true", "t", "1"})
+FALSE_WORDS = frozenset({"false", "f", "0"})
+
+
+class Group(StrEnum):
+    """Headings of the settings table, in its order."""
+
+    RELAY = "The relay"
+    NATS = "NATS"
+    SMTP = "The smarthost"
+    POLICY = "Senders and recipients"
+    TRACKING = "Tracking"
+    SES = "Amazon SES"
+    LOGS = "Logs"
+
+
+def _boolean(value: object) -> object:
+    """``true/t/1/false/f/0`` in any case, nothing else: ``yes`` or ``on`` is an error, not a silent false."""
+    if isinstance(value, str):
+        word = value.strip().lower()
+        if word in TRUE_WORDS:
+            return True
+        if word in FALSE_WORDS:
+            return False
+        raise ValueError("must be true, t, 1, false, f or 0")
+    return value
+
+
+def _words(value: object) -> object:
+    """A comma-separated list; white space and empty entries are dropped."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _domains(value: object) -> object:
+    words = _words(value)
+    if isinstance(words, tuple):
+        return normalised_domains(words)
+    return words
+
+
+def _nats_url(value: object) -> object:
+    for part in str(value).split(","):
+        url = urlsplit(part.strip())
+        if url.scheme not in {"nats", "tls"} or not url.hostname:
+            raise ValueError("must be nats://host:port (or tls://), several separated by commas")
+        _ = url.port  # raises ValueError for a bad port
+    return value
+
+
+def _token(value: object) -> object:
+    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", value):
+        raise ValueError("may hold only A-Z a-z 0-9 _ -, at most 64 (Amazon's rule)")
+    return value
+
+
+Boolean = Annotated[bool, BeforeValidator(_boolean)]
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)]
+Domains = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_domains)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+def _row(group: Group, default: object, meaning: str, why: str = "", **bounds: Any) -> Any:
+    return Field(default=default, description=meaning, json_schema_extra={"group": group, "why": why}, **bounds)
+
+
+class Settings(BaseSettings):
+    """The settings of one process, read once. Use ``load_settings``; it words the errors."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, hide_input_in_errors=True)
+
+    # -- the relay
+    email_enabled: Boolean = _row(
+        Group.RELAY,
+        False,
+        "Send mail. When false, requests are answered with success and empty ids and nothing is sent.",
+    )
+    port: Port = _row(Group.RELAY, 8080, "Port of the health page: `/livez`, `/readyz`.")
+    relay_http_host: str = _row(
+        Group.RELAY, "0.0.0.0", "Address the health page listens on.", "probes come from outside the container"
+    )
+    relay_send_workers: int = _row(
+        Group.RELAY, 2, "Send workers on this host.", "one per core of a small machine", ge=1, le=64
+    )
+    relay_state_dir: Path = _row(
+        Group.RELAY, Path("var"), "Directory for supervisord's socket, logs and the development stack's data."
+    )
+    send_timeout_seconds: Seconds = _row(
+        Group.RELAY, 30, "Bounds an attempt up to the final dot: queueing, dialling, the transaction.", "as lfx"
+    )
+    drain_seconds: Seconds = _row(
+        Group.RELAY, 25, "How long a worker that is told to stop may finish what is in flight.", "as lfx"
+    )
+    backlog_limit: int = _row(
+        Group.RELAY, 5000, "Requests one worker holds at a time; more are answered `overloaded`.", ge=1, le=1_000_000
+    )
+    backlog_limit_bytes: int = _row(
+        Group.RELAY, 64_000_000, "Bytes of requests one worker holds at a time.", ge=1_000_000
+    )
+    relay_reply_prefixes: Words = _row(
+        Group.RELAY,
+        ("_INBOX", "_R_"),
+        "First tokens that a reply subject may have; a request that wants its reply elsewhere is dropped.",
+        "clients' inboxes and service imports; anything else could make the relay write records or facts",
+    )
+
+    # -- NATS
+    nats_url: Annotated[str, BeforeValidator(_nats_url)] = _row(
+        Group.NATS, "nats://localhost:4222", "NATS servers, separated by commas; may hold `user:password@`."
+    )
+
+    # -- the smarthost
+    smtp_host: str = _row(Group.SMTP, "localhost", "Host name of the smarthost.", pattern=r"^[^\s/@]+$")
+    smtp_port: Port = _row(Group.SMTP, 587, "Its port.")
+    smtp_username: str = _row(Group.SMTP, "", "User name; AUTH is used when user name and password are both set.")
+    smtp_password: SecretStr = _row(Group.SMTP, SecretStr(""), "Password.")
+    smtp_tls: Literal["auto", "starttls", "implicit", "off"] = _row(
+        Group.SMTP,
+        "auto",
+        "`auto`: implicit TLS on ports 465 and 2465, else STARTTLS when offered, and required when credentials are"
+        " set and the host is not loopback. `starttls`, `implicit`: required. `off`: never.",
+    )
+    smtp_tls_verify: Boolean = _row(Group.SMTP, True, "Verify the smarthost's certificate and name.")
+    smtp_ca_file: str = _row(Group.SMTP, "", "File of CA certificates in PEM instead of the system's.")
+    smtp_helo_name: str = _row(
+        Group.SMTP, "", "Name given in EHLO; empty: this host's name.", pattern=r"^[A-Za-z0-9.\-:\[\]]*$"
+    )
+    smtp_pool_size: int = _row(
+        Group.SMTP, 20, "Connections one send worker keeps open at most, dialling ones included.", ge=1, le=1000
+    )
+    smtp_idle_seconds: Seconds = _row(
+        Group.SMTP, 5, "Idle connections are closed after this long.", "SES hangs up at about 10 s"
+    )
+    smtp_max_connection_seconds: Seconds = _row(
+        Group.SMTP, 300, "Connections are replaced at this age.", "a smarthost behind a load balancer moves"
+    )
+    smtp_max_connection_mails: int = _row(
+        Group.SMTP, 1000, "Mails sent over one connection before it is replaced.", ge=1
+    )
+    smtp_connect_timeout_seconds: Seconds = _row(Group.SMTP, 10, "Connecting, TLS, greeting, EHLO and AUTH, each.")
+    smtp_command_timeout_seconds: Seconds = _row(
+        Group.SMTP, 30, "The reply to MAIL, RCPT, DATA and RSET.", "RFC 5321 §4.5.3.2 allows minutes; callers wait"
+    )
+    smtp_content_timeout_seconds: Seconds = _row(Group.SMTP, 60, "Writing the content.")
+    smtp_dot_timeout_seconds: Seconds = _row(
+        Group.SMTP,
+        60,
+        "The reply to the final dot; without it the mail is in doubt.",
+        "shorter turns slow mail into doubt",
+    )
+    smtp_wait_exit: Boolean = _row(
+        Group.SMTP,
+        False,
+        "Exit 75 when the smarthost did not answer 11 pings at start, instead of going on trying.",
+        "supervisord has no back-off; orchestrators have",
+    )
+
+    # -- senders and recipients
+    default_smtp_from: str = _row(
+        Group.POLICY,
+        "noreply@lfx.linuxfoundation.org",
+        "Envelope sender and From address when a request names none.",
+    )
+    smtp_from: str = _row(Group.POLICY, "", "Older name of `DEFAULT_SMTP_FROM`, used when that is not set.")
+    default_smtp_from_display_name: str = _row(Group.POLICY, "LFX Self Serve", "Display name of the From header.")
+    smtp_allowed_from_domains: Domains = _row(
+        Group.POLICY, ("lfx.linuxfoundation.org",), 'Domains a request\'s `from` may have, exactly; `""`: none.'
+    )
+    smtp_allowed_reply_to_domains: Domains = _row(
+        Group.POLICY, ("linuxfoundation.org",), 'Domains, with their subdomains, a `reply_to` may have; `""`: none.'
+    )
+    smtp_allowed_recipient_domains: Domains = _row(
+        Group.POLICY, (), 'Domains, with their subdomains, that get mail at all; `""`: every domain.'
+    )
+
+    # -- tracking
+    tracking_ack_seconds: Seconds = _row(
+        Group.TRACKING, 1, "How long a reply waits for the record to be stored; then it goes out untracked."
+    )
+    tracking_replicas: int = _row(Group.TRACKING, 1, "Replicas of bucket and log, when Relay makes them.", ge=1, le=5)
+    tracking_ttl_days: int = _row(
+        Group.TRACKING, 0, "Days that records and facts are kept, when Relay makes bucket and log; 0: for ever.", ge=0
+    )
+    tracking_storage: Literal["file", "memory"] = _row(Group.TRACKING, "file", "Where JetStream keeps them.")
+
+    # -- Amazon SES
+    ses_configuration_set: Annotated[str, BeforeValidator(_token)] = _row(
+        Group.SES, "", "Configuration set named in every mail, so that SES publishes its events; empty: no header."
+    )
+
+    # -- logs
+    log_level: Literal["debug", "info", "warn", "error"] = _row(Group.LOGS, "info", "Least level that is logged.")
+    log_format: Literal["auto", "json", "text"] = _row(
+        Group.LOGS, "auto", "One JSON object a line, or text; `auto`: text on a terminal."
+    )
+    log_add_source: Boolean = _row(Group.LOGS, False, "Add file and line to every log line.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
+        return {name: value for name, value in values.items() if value != "" or name.lower() in DOMAIN_LISTS}
+
+    @property
+    def sender(self) -> str:
+        """The default envelope sender, its older name considered."""
+        if "default_smtp_from" in self.model_fields_set:
+            return self.default_smtp_from
+        return self.smtp_from or self.default_smtp_from
+
+
+DOMAIN_LISTS = frozenset(name for name in Settings.model_fields if name.startswith("smtp_allowed_"))
+
+
+def load_settings(defaults: Mapping[str, str] | None = None) -> Settings:
+    """Reads the environment; ``defaults`` (by environment name) stand in for what it leaves unset.
+
+    Raises ``ConfigError`` whose text names every bad setting and what is wrong with it.
+    """
+    unset = {name.lower(): value for name, value in (defaults or {}).items() if not os.environ.get(name)}
+    try:
+        settings = Settings(**unset)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError(_in_words(error)) from None
+    _check_sender(settings)
+    return settings
+
+
+def child_environment(defaults: Mapping[str, str], **fixed: str) -> dict[str, str]:
+    """The environment for the programs: this one, ``defaults`` where it sets nothing, and ``fixed`` in any case."""
+    unset = {name: value for name, value in defaults.items() if not os.environ.get(name)}
+    return {**os.environ, **unset, **fixed}
+
+
+def _check_sender(settings: Settings) -> None:
+    try:
+        parse_address(settings.sender)
+    except AddressInvalid as error:
+        raise ConfigError(f"1 setting is wrong\n  DEFAULT_SMTP_FROM: is no mail address: {error}") from None
+
+
+def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Variables that look like ours and are not: a typing error, or an orchestrator's injection. For a warning."""
+    names = os.environ if environ is None else environ
+    known = {name.upper() for name in Settings.model_fields}
+    return sorted(name for name in names if name.startswith(("RELAY_", "SMTP_", "SES_")) and name not in known)
+
+
+def rows() -> list[tuple[str, FieldInfo, Group, str]]:
+    """The table: environment name, field, group, why; in the order of this file."""
+    table = []
+    for name, field in Settings.model_fields.items():
+        extra = cast(dict[str, Any], field.json_schema_extra)
+        table.append((name.upper(), field, Group(extra["group"]), str(extra["why"])))
+    return table
+
+
+def _in_words(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_input=True, include_url=False):
+        name = str(problem["loc"][0]).upper() if problem["loc"] else "settings"
+        told = problem["msg"].removeprefix("Value error, ")
+        given = problem.get("input")
+        shown = "" if "PASSWORD" in name or "URL" in name else f" (it is {str(given)[:60]!r})"
+        hint = ""
+        if isinstance(given, str) and given.startswith("tcp://"):
+            hint = "; Kubernetes injected this for a service of that name: set enableServiceLinks: false"
+        problems.append(f"  {name}: {told[:1].lower()}{told[1:]}{shown}{hint}")
+    count = f"{len(problems)} settings are" if len(problems) > 1 else "1 setting is"
+    return "\n".join([f"{count} wrong", *problems])

@@ -1,0 +1,62 @@
+"""What a program tells about itself, written and read back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from relay.ops.presence import Presence, Report, Stage, presence_path, read_presence
+
+
+def read(state_dir: Path) -> Report:
+    """This process's presence."""
+    report = read_presence(state_dir, "send-1", os.getpid())
+    assert report is not None
+    return report
+
+
+def test_it_waits_for_whatever_is_lacking(tmp_path: Path) -> None:
+    presence = Presence(tmp_path, "send-1")
+    assert read(tmp_path).stage is Stage.WAITING
+    presence.lacks("nats", "NATS: connection refused")
+    presence.lacks("start", "")
+    assert (read(tmp_path).stage, read(tmp_path).reason) == (Stage.WAITING, "NATS: connection refused")
+    presence.lacks("nats", "")
+    assert (read(tmp_path).stage, read(tmp_path).reason) == (Stage.READY, "")
+
+
+def test_it_goes_on_without_what_is_noted(tmp_path: Path) -> None:
+    presence = Presence(tmp_path, "send-1")
+    presence.lacks("start", "")
+    presence.note("tracking", "tracking is off")
+    assert read(tmp_path).stage is Stage.READY
+    assert read(tmp_path).notes == {"tracking": "tracking is off"}
+    presence.note("tracking", "")
+    assert read(tmp_path).notes == {}
+
+
+def test_giving_up_is_told_until_it_works(tmp_path: Path) -> None:
+    presence = Presence(tmp_path, "send-1")
+    presence.lacks("start", "")
+    presence.lacks("smtp", "wrong password", has_given_up=True)
+    assert read(tmp_path).has_given_up
+    presence.lacks("smtp", "")
+    assert not read(tmp_path).has_given_up
+
+
+def test_draining(tmp_path: Path) -> None:
+    Presence(tmp_path, "send-1").draining()
+    assert read(tmp_path).stage is Stage.DRAINING
+
+
+def test_another_process_is_not_believed(tmp_path: Path) -> None:
+    Presence(tmp_path, "send-1")
+    assert read_presence(tmp_path, "send-1", os.getpid() + 1) is None
+    assert read_presence(tmp_path, "send-2", os.getpid()) is None
+
+
+def test_a_broken_file_is_no_presence(tmp_path: Path) -> None:
+    path = presence_path(tmp_path, "send-1")
+    path.parent.mkdir()
+    path.write_text("{")
+    assert read_presence(tmp_path, "send-1", os.getpid()) is None

@@ -1,0 +1,173 @@
+"""Settings: read from the environment, every problem named at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from relay.cli.settings_text import env_example, markdown_table
+from relay.errors import ConfigError
+from relay.settings import Settings, child_environment, load_settings, rows, unknown_names
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting is set but by the test."""
+    for name, _, _, _ in rows():
+        monkeypatch.delenv(name, raising=False)
+
+
+def loaded(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
+    """The settings in this environment."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    settings = load_settings()
+    assert (settings.nats_url, settings.port, settings.email_enabled) == ("nats://localhost:4222", 8080, False)
+    assert (settings.smtp_host, settings.smtp_port) == ("localhost", 587)
+    assert settings.sender == "noreply@lfx.linuxfoundation.org"
+    assert settings.default_smtp_from_display_name == "LFX Self Serve"
+    assert settings.smtp_allowed_from_domains == ("lfx.linuxfoundation.org",)
+    assert settings.smtp_allowed_reply_to_domains == ("linuxfoundation.org",)
+    assert settings.smtp_allowed_recipient_domains == ()
+    assert (settings.log_level, settings.log_add_source, settings.ses_configuration_set) == ("info", False, "")
+
+
+@pytest.mark.parametrize("word", ["true", "t", "1", "TRUE", "T", " true "])
+def test_words_for_true(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    assert loaded(monkeypatch, EMAIL_ENABLED=word).email_enabled is True
+
+
+@pytest.mark.parametrize("word", ["false", "f", "0", "False", ""])
+def test_words_for_false(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    assert loaded(monkeypatch, EMAIL_ENABLED=word).email_enabled is False
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "2", "wahr", "truee"])
+def test_anything_else_is_an_error(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
+    with pytest.raises(ConfigError, match="EMAIL_ENABLED: must be true, t, 1, false, f or 0"):
+        loaded(monkeypatch, EMAIL_ENABLED=word)
+
+
+def test_an_empty_variable_is_unset_but_an_empty_domain_list_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loaded(
+        monkeypatch,
+        SMTP_PORT="",
+        NATS_URL="",
+        SMTP_TLS_VERIFY="",
+        SMTP_ALLOWED_FROM_DOMAINS="",
+        SMTP_ALLOWED_REPLY_TO_DOMAINS="",
+    )
+    assert settings.smtp_port == 587
+    assert settings.nats_url == "nats://localhost:4222"
+    assert settings.smtp_tls_verify, "an empty switch must not switch verification off"
+    assert settings.smtp_allowed_from_domains == ()
+    assert settings.smtp_allowed_reply_to_domains == ()
+
+
+def test_domain_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loaded(monkeypatch, SMTP_ALLOWED_FROM_DOMAINS=" Example.COM , ,bücher.example.org")
+    assert settings.smtp_allowed_from_domains == ("example.com", "xn--bcher-kva.example.org")
+
+
+def test_the_older_name_of_the_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded(monkeypatch, SMTP_FROM="old@example.com").sender == "old@example.com"
+    assert loaded(monkeypatch, DEFAULT_SMTP_FROM="new@example.com").sender == "new@example.com"
+    assert loaded(monkeypatch, DEFAULT_SMTP_FROM="").sender == "old@example.com"
+
+
+BAD = {
+    "SMTP_PORT": "70000",
+    "PORT": "http",
+    "NATS_URL": "localhost:4222",
+    "EMAIL_ENABLED": "ja",
+    "SMTP_TLS": "maybe",
+    "LOG_LEVEL": "loud",
+    "RELAY_SEND_WORKERS": "0",
+    "SEND_TIMEOUT_SECONDS": "-1",
+    "SMTP_ALLOWED_FROM_DOMAINS": "example.com,not a domain",
+    "SES_CONFIGURATION_SET": "a\r\nBcc: b@example.com",
+    "SMTP_HELO_NAME": "a b",
+    "SMTP_HOST": "smtp://example.com",
+    "TRACKING_STORAGE": "tape",
+}
+
+
+def test_one_message_names_every_bad_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as problem:
+        loaded(monkeypatch, SMTP_PASSWORD="hunter2", **BAD)
+    text = str(problem.value)
+    assert text.startswith(f"{len(BAD)} settings are wrong")
+    for name in BAD:
+        assert f"  {name}: " in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_each_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"1 setting is wrong\n  {name}: "):
+        loaded(monkeypatch, **{name: BAD[name]})
+
+
+def test_a_bad_sender_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="DEFAULT_SMTP_FROM: is no mail address"):
+        loaded(monkeypatch, DEFAULT_SMTP_FROM="nobody")
+
+
+def test_what_an_orchestrator_injects_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="enableServiceLinks"):
+        loaded(monkeypatch, SMTP_PORT="tcp://10.0.0.1:25")
+
+
+def test_a_url_with_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as problem:
+        loaded(monkeypatch, NATS_URL="nat://relay:hunter2@nats.example.com")
+    assert "hunter2" not in str(problem.value)
+
+
+def test_unknown_names_are_found() -> None:
+    environ = {
+        "SMTP_PROT": "25",
+        "RELAY_PORT": "tcp://x",
+        "SMTP_PORT": "25",
+        "HOME": "/root",
+        "SES_EVENTING_ENABLED": "1",
+    }
+    assert unknown_names(environ) == ["RELAY_PORT", "SES_EVENTING_ENABLED", "SMTP_PROT"]
+
+
+def test_defaults_stand_in_for_what_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_PORT", "2525")
+    settings = load_settings({"SMTP_PORT": "1025", "NATS_URL": "nats://127.0.0.1:4333", "EMAIL_ENABLED": "true"})
+    assert (settings.smtp_port, settings.nats_url, settings.email_enabled) == (2525, "nats://127.0.0.1:4333", True)
+    environment = child_environment({"SMTP_PORT": "1025", "NATS_URL": "nats://127.0.0.1:4333"}, RELAY_STATE_DIR="/x")
+    assert environment["SMTP_PORT"] == "2525"
+    assert environment["NATS_URL"] == "nats://127.0.0.1:4333"
+    assert environment["RELAY_STATE_DIR"] == "/x"
+
+
+def test_a_password_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loaded(monkeypatch, SMTP_PASSWORD="hunter2")
+    assert "hunter2" not in repr(settings)
+    assert settings.smtp_password.get_secret_value() == "hunter2"
+
+
+def test_every_row_has_a_meaning() -> None:
+    for name, field, _, _ in rows():
+        assert field.description, name
+
+
+def test_the_readme_has_this_table() -> None:
+    assert markdown_table() in (ROOT / "README.md").read_text(), (
+        "put the output of `python -c 'from relay.cli.settings_text import *; print(markdown_table())'` into README.md"
+    )
+
+
+def test_the_example_file_is_this_one() -> None:
+    assert (ROOT / "conf" / "relay.env.example").read_text() == env_example()

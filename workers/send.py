@@ -1,0 +1,62 @@
+"""The send worker: joins the queue group and sends mail. N of these run."""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import time
+
+from relay import contract
+from relay.bus.jetstream import JetStream
+from relay.delivery.smarthost import Smarthost
+from relay.ops.parts import policy, service, smarthost_config, storage_config
+from relay.ops.process import Context, run
+from relay.ops.waiting import wait_for_smarthost
+from relay.sending import Sending, send_handler
+from relay.submission.admission import Admission
+from relay.tracking.tracker import Tracker
+
+
+class SendWorker:
+    """Waits for the smarthost, then serves ``send_email``."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        self._context = context
+        rules = policy(settings)
+        self._config = smarthost_config(settings)
+        self._smarthost = Smarthost(self._config, default_sender=rules.default_from_address.mailbox)
+        self._tracker = Tracker(
+            JetStream(context.bus),
+            storage_config(settings),
+            settings.tracking_ack_seconds,
+            on_change=lambda why: context.presence.note("tracking", f"tracking is off: {why}" if why else ""),
+        )
+        sending = Sending(
+            policy=rules,
+            smarthost=self._smarthost,
+            tracker=self._tracker,
+            configuration_set=settings.ses_configuration_set,
+        )
+        gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, settings.smtp_pool_size)
+        self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
+
+    def start(self) -> None:
+        self._tracker.start()
+        if self._context.settings.email_enabled:
+            wait_for_smarthost(self._context, self._config)
+        if not self._context.stop.is_set():
+            self._service.start()
+
+    def stop_taking(self) -> None:
+        self._service.stop()
+
+    def finish(self, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        self._service.wait_answered(timeout_seconds)
+        self._smarthost.close(deadline)
+        self._tracker.stop()
+
+
+if __name__ == "__main__":
+    run("send", SendWorker)

@@ -1,0 +1,76 @@
+"""The status worker: answers questions about mails and groups, and serves the health page on PORT."""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+from typing import Any
+
+import gevent
+
+from relay import contract
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.ops.health import HealthServer
+from relay.ops.parts import service, storage_config
+from relay.ops.process import Context, run
+from relay.reporting import Reporting, status_handler
+from relay.submission.admission import Admission
+from relay.tracking.log import Log
+from relay.tracking.storage import wait_for_storage
+
+WORKED_ON_AT_ONCE = 50
+
+
+class StatusWorker:
+    """Serves the health page at once, the questions as soon as there is a bucket and a log."""
+
+    def __init__(self, context: Context) -> None:
+        settings = context.settings
+        self._context = context
+        self._jetstream = JetStream(context.bus)
+        self._off_reason = "not connected yet"
+        records = Bucket(self._jetstream, contract.RECIPIENTS_BUCKET)
+        reporting = Reporting(records, Log(self._jetstream), lambda: context.bus.max_payload_bytes)
+        gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, WORKED_ON_AT_ONCE)
+        answers = {
+            contract.GET_EMAIL_STATUS: reporting.status,
+            contract.GET_EMAIL_ENGAGEMENT_ANALYTICS: reporting.analytics,
+        }
+        self._services = [
+            service(context, nats_subject, status_handler(answer), gate) for nats_subject, answer in answers.items()
+        ]
+        self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness)
+        self._health.start()
+
+    def start(self) -> None:
+        gevent.spawn(self._serve_when_possible)
+
+    def _serve_when_possible(self) -> None:
+        config = storage_config(self._context.settings)
+        wait_for_storage(self._jetstream, config, self._say)
+        for each in self._services:
+            each.start()
+
+    def _say(self, why_off: str) -> None:
+        self._off_reason = why_off
+        self._context.presence.note("tracking", f"status and analytics are not served: {why_off}" if why_off else "")
+
+    def _readiness(self) -> tuple[bool, dict[str, Any]]:
+        bus = self._context.bus
+        facts: dict[str, Any] = {"nats": "connected" if bus.is_connected else bus.last_error}
+        facts["tracking"] = self._off_reason or "on"
+        return bus.is_connected, facts
+
+    def stop_taking(self) -> None:
+        for each in self._services:
+            each.stop()
+
+    def finish(self, timeout_seconds: float) -> None:
+        for each in self._services:
+            each.wait_answered(timeout_seconds)
+        self._health.stop()
+
+
+if __name__ == "__main__":
+    run("status", StatusWorker)
