@@ -68,8 +68,7 @@ class Service:
         self._handler = handler
         self._gate = gate
         self._patience_seconds = patience_seconds
-        self._reply_prefixes = tuple(f"{prefix}." for prefix in reply_prefixes)
-        self._own_inbox = bus.inbox_prefix + "."
+        self._reply_rule = ReplyRule(reply_prefixes, bus.inbox_prefix)
         self._token: int | None = None
         self._nothing_in_hand = Event()
         self._nothing_in_hand.set()
@@ -79,6 +78,16 @@ class Service:
         """Answered ``overloaded``."""
         self.dropped = 0
         """Dropped because the reply subject is not an allowed one."""
+
+    @property
+    def nats_subject(self) -> str:
+        """What it serves."""
+        return self._nats_subject
+
+    @property
+    def queue_group(self) -> str:
+        """In which queue group."""
+        return self._queue_group
 
     def start(self) -> None:
         """Joins the queue group."""
@@ -97,7 +106,7 @@ class Service:
 
     def _on_msg(self, msg: Msg) -> None:
         """Runs in the bus's greenlet: decides and hands over, nothing more."""
-        if msg.reply_subject and not self._may_reply_to(msg.reply_subject):
+        if msg.reply_subject and not self._reply_rule.allows(msg.reply_subject):
             self.dropped += 1
             log.warning(
                 "dropped a request on %s: its reply subject %.100r is not under RELAY_REPLY_PREFIXES",
@@ -135,9 +144,18 @@ class Service:
             reply = self._handler.too_large
         self._bus.publish(Publication(reply_subject, reply))
 
-    def _may_reply_to(self, nats_subject: str) -> bool:
+
+class ReplyRule:
+    """Where replies may go: plain subjects under one of ``prefixes``, and never our own inbox."""
+
+    def __init__(self, prefixes: tuple[str, ...], own_inbox: str) -> None:
+        self._prefixes = tuple(f"{prefix}." for prefix in prefixes)
+        self._own_inbox = own_inbox
+
+    def allows(self, nats_subject: str) -> bool:
+        """Whether a reply may go to ``nats_subject``."""
         return (
-            nats_subject.startswith(self._reply_prefixes)
+            nats_subject.startswith(self._prefixes)
             and not nats_subject.startswith(self._own_inbox)
             and is_plain_subject(nats_subject)
         )

@@ -53,7 +53,7 @@ class DevStack:
         (self._directory / "nats.conf").write_text(
             f'listen: "127.0.0.1:{self.nats_port}"\n'
             f'server_name: "relay-dev"\n'
-            f'jetstream {{ store_dir: "{self._directory}" }}\n'
+            f'jetstream {{ store_dir: "{self._directory}", max_file_store: 1GB }}\n'
         )
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
 
 from tests.support.caller import send, under_load
 from tests.support.nats_server import NatsServer, free_port, wait_for_port
@@ -205,6 +207,26 @@ def test_without_smtp_it_joins_no_queue_group_and_comes_up_by_itself(new_relay: 
         assert send(relay.nats_url)["email_id"]
     finally:
         server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
+def test_a_wrong_smtp_password_is_said_and_nothing_is_served(new_relay: NewRelay) -> None:
+    def refuse(*_: object) -> AuthResult:
+        return AuthResult(success=False, handled=False)
+
+    port = free_port()
+    controller = Controller(object(), hostname="127.0.0.1", port=port, authenticator=refuse, auth_require_tls=False)
+    controller.start()
+    try:
+        relay = new_relay(smtp_port=port, SMTP_USERNAME="relay", SMTP_PASSWORD="hunter2")
+        done = relay.relayctl("start", "--timeout", "4")
+        assert done.returncode == 1
+        assert "SMTP_USERNAME and SMTP_PASSWORD" in done.stderr
+        assert "hunter2" not in done.stdout + done.stderr
+        assert b"hunter2" not in relay.supervision.log_path("send-1").read_bytes()
+        assert relay.program("status").is_ready, "questions are answered all the same"
+    finally:
+        controller.stop()
 
 
 def test_smtp_wait_exit_ends_the_process_for_now(new_relay: NewRelay) -> None:
