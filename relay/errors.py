@@ -12,8 +12,6 @@ EXIT_OK = 0
 """Asked to stop, and stopped in order."""
 EXIT_FAILED = 1
 """A command could not do what it was asked."""
-EXIT_USAGE = 2
-"""The command line was not understood (click's own code)."""
 EXIT_TEMPORARY = 75
 """Something that may pass by itself (EX_TEMPFAIL): start the process again later."""
 EXIT_CONFIG = 78

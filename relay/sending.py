@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from typing import Any
 
 import orjson
@@ -21,11 +22,13 @@ from relay.bus.service import Handler
 from relay.delivery.outcome import SENT_STATES, Outcome, State
 from relay.delivery.smarthost import Smarthost
 from relay.errors import AddressInvalid, SubmissionRejected
+from relay.redaction import without_addresses
 from relay.submission.compose import compose, date_header, new_email_id, new_message_id_header
 from relay.submission.mail import Mail
 from relay.submission.policy import Policy, Sender, judge
 from relay.submission.request import SendRequest, decode_send_request
 from relay.tracking.groups import tracking_id
+from relay.tracking.record import rfc3339
 from relay.tracking.tracker import Tracker
 
 log = logging.getLogger("relay.sending")
@@ -39,24 +42,39 @@ class Sending:
         self._smarthost = smarthost
         self._tracker = tracker
         self._configuration_set = configuration_set
+        self.counts: Counter[str] = Counter()
+        """How many requests ended how: the states of ``Outcome``, ``refused``, and ``not_sent`` on purpose."""
+        self.last_error = ""
+        """The detail of the last mail that was not relayed, with its time."""
 
     def answer(self, payload: bytes, deadline: float) -> bytes:
         """One request, one reply. ``deadline`` (``time.monotonic()``) bounds the attempt up to the final dot."""
+        begun = time.perf_counter()
         try:
             request = decode_send_request(payload)
             sender = judge(request, self._policy)
         except SubmissionRejected as refusal:
+            self.counts["refused"] += 1
             return _refused(refusal)
         except AddressInvalid as error:
+            self.counts[State.FAILED] += 1
             return _not_sent(Outcome(State.FAILED, f"to: {error}"))
         if sender is None:
-            return _NOTHING_SENT
+            return self._answer_unsent()
         mail = self._compose(request, sender)
+        composed = time.perf_counter()
         (outcome,) = self._smarthost.relay(mail.reverse_path, mail.forward_paths, mail.content, deadline)
+        handed_over = time.perf_counter()
         if outcome.state in SENT_STATES:
             self._record(mail, outcome)
-        _log(mail, outcome)
+        self._note(mail, outcome, composed - begun, handed_over - composed, time.perf_counter() - handed_over)
         return _sent(mail, outcome) if outcome.state is State.RELAYED else _not_sent(outcome, mail)
+
+    def _answer_unsent(self) -> bytes:
+        self.counts["not_sent"] += 1
+        why = "its recipient is filtered" if self._policy.email_enabled else "EMAIL_ENABLED is false"
+        log.info("mail not sent: %s", why)
+        return _NOTHING_SENT
 
     def _compose(self, request: SendRequest, sender: Sender) -> Mail:
         email_id = new_email_id()
@@ -95,13 +113,23 @@ class Sending:
             remote_id=outcome.remote_id,
         )
 
-
-def _log(mail: Mail, outcome: Outcome) -> None:
-    fields = {"email_id": mail.email_id, "group_id": mail.group_id[:128], "outcome": outcome.state.value}
-    if outcome.state is State.RELAYED:
-        log.info("mail relayed", extra=fields)
-    else:
-        log.warning("mail not relayed: %s", outcome.detail[:200], extra=fields | {"reply_code": outcome.reply_code})
+    def _note(self, mail: Mail, outcome: Outcome, compose_s: float, smtp_s: float, tracking_s: float) -> None:
+        """Counts and logs: ids, what was said and how long each step took; never an address or content."""
+        self.counts[outcome.state] += 1
+        fields = {
+            "email_id": mail.email_id,
+            "group_id": without_addresses(mail.group_id[:128]),
+            "outcome": outcome.state.value,
+            "compose_ms": round(compose_s * 1000, 2),
+            "smtp_ms": round(smtp_s * 1000, 2),
+            "tracking_ms": round(tracking_s * 1000, 2),
+        }
+        if outcome.state is State.RELAYED:
+            log.info("mail relayed", extra=fields)
+        else:
+            said = without_addresses(outcome.detail[:200])
+            self.last_error = f"{rfc3339(time.time())} {said}"
+            log.warning("mail not relayed: %s", said, extra=fields | {"reply_code": outcome.reply_code})
 
 
 def _refused(refusal: SubmissionRejected) -> bytes:
@@ -144,5 +172,5 @@ def send_handler(sending: Sending) -> Handler:
         answer=sending.answer,
         overloaded=_not_sent(Outcome(State.DEFERRED, "overloaded")),
         broken=_not_sent(Outcome(State.IN_DOUBT, "the relay met an error of its own; it may have sent the mail")),
-        too_large=orjson.dumps({"error": contract.RESPONSE_TOO_LARGE}),
+        too_large=_not_sent(Outcome(State.IN_DOUBT, "the reply exceeds NATS max_payload; the mail may have been sent")),
     )

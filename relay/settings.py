@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -70,10 +72,46 @@ def _domains(value: object) -> object:
 
 def _nats_url(value: object) -> object:
     for part in str(value).split(","):
-        url = urlsplit(part.strip())
-        if url.scheme not in {"nats", "tls"} or not url.hostname:
+        try:
+            url = urlsplit(part.strip())
+            is_usable = url.scheme in {"nats", "tls"} and bool(url.hostname) and url.port != 0
+        except ValueError:  # its text may hold part of a password
+            is_usable = False
+        if not is_usable:
             raise ValueError("must be nats://host:port (or tls://), several separated by commas")
-        _ = url.port  # raises ValueError for a bad port
+    return value
+
+
+def _mailbox(value: object) -> object:
+    try:
+        if value:
+            parse_address(str(value))
+    except AddressInvalid as error:
+        raise ValueError(f"is no mail address: {error}") from error
+    return value
+
+
+def _reply_prefixes(value: object) -> object:
+    words = _words(value)
+    if not isinstance(words, tuple):
+        return words
+    prefixes = tuple(word.removesuffix(".") for word in words)
+    if not prefixes:
+        raise ValueError("must name at least one prefix, or nobody would get a reply")
+    for prefix in prefixes:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", prefix):
+            raise ValueError(f"{prefix[:40]!r} is no prefix of inboxes: letters, digits, _ and - with dots between")
+        if "lfx.email-service".startswith(prefix) or prefix.startswith("lfx.email-service"):
+            raise ValueError(f"{prefix!r} would let callers have the relay write to its own subjects")
+    return prefixes
+
+
+def _ca_file(value: object) -> object:
+    if value:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(str(value))
+        except (OSError, ssl.SSLError) as error:
+            raise ValueError(f"cannot be used as a file of CA certificates in PEM: {error.strerror}") from error
     return value
 
 
@@ -127,7 +165,7 @@ class Settings(BaseSettings):
     backlog_limit_bytes: int = _row(
         Group.RELAY, 64_000_000, "Bytes of requests one worker holds at a time.", ge=1_000_000
     )
-    relay_reply_prefixes: Words = _row(
+    relay_reply_prefixes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_reply_prefixes)] = _row(
         Group.RELAY,
         ("_INBOX", "_R_"),
         "First tokens that a reply subject may have; a request that wants its reply elsewhere is dropped.",
@@ -151,7 +189,9 @@ class Settings(BaseSettings):
         " set and the host is not loopback. `starttls`, `implicit`: required. `off`: never.",
     )
     smtp_tls_verify: Boolean = _row(Group.SMTP, True, "Verify the smarthost's certificate and name.")
-    smtp_ca_file: str = _row(Group.SMTP, "", "File of CA certificates in PEM instead of the system's.")
+    smtp_ca_file: Annotated[str, AfterValidator(_ca_file)] = _row(
+        Group.SMTP, "", "File of CA certificates in PEM instead of the system's."
+    )
     smtp_helo_name: str = _row(
         Group.SMTP, "", "Name given in EHLO; empty: this host's name.", pattern=r"^[A-Za-z0-9.\-:\[\]]*$"
     )
@@ -161,10 +201,10 @@ class Settings(BaseSettings):
     smtp_idle_seconds: Seconds = _row(
         Group.SMTP, 5, "Idle connections are closed after this long.", "SES hangs up at about 10 s"
     )
-    smtp_max_connection_seconds: Seconds = _row(
+    smtp_max_connection_age_seconds: Seconds = _row(
         Group.SMTP, 300, "Connections are replaced at this age.", "a smarthost behind a load balancer moves"
     )
-    smtp_max_connection_mails: int = _row(
+    smtp_max_messages_per_connection: int = _row(
         Group.SMTP, 1000, "Mails sent over one connection before it is replaced.", ge=1
     )
     smtp_connect_timeout_seconds: Seconds = _row(Group.SMTP, 10, "Connecting, TLS, greeting, EHLO and AUTH, each.")
@@ -186,12 +226,14 @@ class Settings(BaseSettings):
     )
 
     # -- senders and recipients
-    default_smtp_from: str = _row(
+    default_smtp_from: Annotated[str, AfterValidator(_mailbox)] = _row(
         Group.POLICY,
         "noreply@lfx.linuxfoundation.org",
         "Envelope sender and From address when a request names none.",
     )
-    smtp_from: str = _row(Group.POLICY, "", "Older name of `DEFAULT_SMTP_FROM`, used when that is not set.")
+    smtp_from: Annotated[str, AfterValidator(_mailbox)] = _row(
+        Group.POLICY, "", "Older name of `DEFAULT_SMTP_FROM`, used when that is not set."
+    )
     default_smtp_from_display_name: str = _row(Group.POLICY, "LFX Self Serve", "Display name of the From header.")
     smtp_allowed_from_domains: Domains = _row(
         Group.POLICY, ("lfx.linuxfoundation.org",), 'Domains a request\'s `from` may have, exactly; `""`: none.'
@@ -221,7 +263,9 @@ class Settings(BaseSettings):
     # -- logs
     log_level: Literal["debug", "info", "warn", "error"] = _row(Group.LOGS, "info", "Least level that is logged.")
     log_format: Literal["auto", "json", "text"] = _row(
-        Group.LOGS, "auto", "One JSON object a line, or text; `auto`: text on a terminal."
+        Group.LOGS,
+        "auto",
+        "One JSON object a line, or text; `auto`: text in the foreground on a terminal.",
     )
     log_add_source: Boolean = _row(Group.LOGS, False, "Add file and line to every log line.")
 
@@ -248,11 +292,9 @@ def load_settings(defaults: Mapping[str, str] | None = None) -> Settings:
     """
     unset = {name.lower(): value for name, value in (defaults or {}).items() if not os.environ.get(name)}
     try:
-        settings = Settings(**unset)  # type: ignore[arg-type]
+        return Settings(**unset)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError(_in_words(error)) from None
-    _check_sender(settings)
-    return settings
 
 
 def child_environment(defaults: Mapping[str, str], **fixed: str) -> dict[str, str]:
@@ -261,11 +303,28 @@ def child_environment(defaults: Mapping[str, str], **fixed: str) -> dict[str, st
     return {**os.environ, **unset, **fixed}
 
 
-def _check_sender(settings: Settings) -> None:
+def apply_env_file(path: str) -> None:
+    """Puts what the file sets (``NAME=value`` lines) into the environment, where that has it not already.
+
+    Raises ``ConfigError`` when the file cannot be read.
+    """
     try:
-        parse_address(settings.sender)
-    except AddressInvalid as error:
-        raise ConfigError(f"1 setting is wrong\n  DEFAULT_SMTP_FROM: is no mail address: {error}") from None
+        with open(path, encoding="utf-8") as file:
+            values = dotenv_values(stream=file, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the settings file {path} cannot be read: {error}") from error
+    for name, value in values.items():
+        if value is not None and name not in os.environ:
+            os.environ[name] = value
+            _from_file[name] = path
+
+
+def source_of(name: str) -> str:
+    """Where a setting that is set comes from: ``environment``, or the file's path."""
+    return _from_file.get(name, "environment")
+
+
+_from_file: dict[str, str] = {}
 
 
 def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import gevent
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay import contract
-from relay.bus.client import Bus, Msg, Publication
+from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.bus.service import Service
@@ -25,6 +24,7 @@ from relay.submission.policy import Policy
 from relay.tracking.log import Log
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import Tracker
+from tests.support.bus_caller import replies_to
 from tests.support.scripted_smtp import Action, ScriptedSmtp, drop, say, stall
 
 MAIL = {"to": "user@example.com", "subject": "Hello", "text": "Hello.\n", "html": "<p>Hello.</p>"}
@@ -156,6 +156,17 @@ def test_what_the_caller_is_told(
         assert "email_id" not in reply
 
 
+def test_what_the_smarthost_says_of_an_address_is_logged_redacted(
+    new_sending: Callable[..., Sending], smtp: ScriptedSmtp, caplog: pytest.LogCaptureFixture
+) -> None:
+    smtp.change({"rcpt": say("550 5.1.1 <someone@example.com>: no such user")})
+    sending = new_sending()
+    reply = ask(sending, MAIL | {"to": "someone@example.com"})
+    assert "<someone@example.com>" in reply["detail"], "the caller knows the address"
+    assert "som****@example.com" in caplog.text
+    assert "someone@example.com" not in caplog.text + sending.last_error
+
+
 def test_the_recipient_filter_answers_success_and_sends_nothing(
     new_sending: Callable[..., Sending], smtp: ScriptedSmtp
 ) -> None:
@@ -235,20 +246,9 @@ def served(bus: Bus, new_sending: Callable[..., Sending]) -> Callable[[bytes], l
         reply_prefixes=("_INBOX",),
     )
     service.start()
-    replies: list[Msg] = []
-    bus.subscribe("_INBOX.caller.>", "", replies.append)
 
     def request(payload: bytes) -> list[bytes]:
-        replies.clear()
-        answered = service.answered
-        bus._bridge.post(
-            lambda: bus._bridge._loop.create_task(bus._nc.publish(nats_subject, payload, "_INBOX.caller.1"))
-        )
-        with gevent.Timeout(5):
-            while service.answered == answered or not replies:
-                gevent.sleep(0.001)
-        bus.flush()
-        return [msg.payload for msg in replies]
+        return [msg.payload for msg in replies_to(bus, nats_subject, payload)]
 
     return request
 

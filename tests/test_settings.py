@@ -96,6 +96,9 @@ BAD = {
     "SMTP_HELO_NAME": "a b",
     "SMTP_HOST": "smtp://example.com",
     "TRACKING_STORAGE": "tape",
+    "DEFAULT_SMTP_FROM": "nobody",
+    "SMTP_CA_FILE": "/no/such/file.pem",
+    "RELAY_REPLY_PREFIXES": "_INBOX,$KV",
 }
 
 
@@ -115,9 +118,14 @@ def test_each_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str)
         loaded(monkeypatch, **{name: BAD[name]})
 
 
-def test_a_bad_sender_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="DEFAULT_SMTP_FROM: is no mail address"):
-        loaded(monkeypatch, DEFAULT_SMTP_FROM="nobody")
+@pytest.mark.parametrize("value", [",", "$KV", "_INBOX.*", ">", "lfx", "lfx.email-service", "a b", "a..b"])
+def test_a_reply_prefix_that_would_open_more_than_inboxes(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    with pytest.raises(ConfigError, match="RELAY_REPLY_PREFIXES"):
+        loaded(monkeypatch, RELAY_REPLY_PREFIXES=value)
+
+
+def test_a_reply_prefix_may_end_in_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded(monkeypatch, RELAY_REPLY_PREFIXES="_INBOX., my.inbox").relay_reply_prefixes == ("_INBOX", "my.inbox")
 
 
 def test_what_an_orchestrator_injects_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +133,11 @@ def test_what_an_orchestrator_injects_is_explained(monkeypatch: pytest.MonkeyPat
         loaded(monkeypatch, SMTP_PORT="tcp://10.0.0.1:25")
 
 
-def test_a_url_with_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("url", ["nat://relay:hunter2@nats.example.com", "nats://relay:h/unter2@nats.example.com:4222"])
+def test_a_url_with_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     with pytest.raises(ConfigError) as problem:
-        loaded(monkeypatch, NATS_URL="nat://relay:hunter2@nats.example.com")
-    assert "hunter2" not in str(problem.value)
+        loaded(monkeypatch, NATS_URL=url)
+    assert "unter2" not in str(problem.value)
 
 
 def test_unknown_names_are_found() -> None:

@@ -9,12 +9,15 @@ import time
 from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.delivery.smarthost import Smarthost
+from relay.ops.figures import micro_service, send_figures
 from relay.ops.parts import policy, service, smarthost_config, storage_config
 from relay.ops.process import Context, run
 from relay.ops.waiting import wait_for_smarthost
 from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
 from relay.tracking.tracker import Tracker
+
+SETTLE_SECONDS = 1.0
 
 
 class SendWorker:
@@ -39,22 +42,28 @@ class SendWorker:
             configuration_set=settings.ses_configuration_set,
         )
         gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, settings.smtp_pool_size)
-        self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
+        served = self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
+        self._micro_service = micro_service(
+            context, [served], lambda: send_figures(sending, served, gate, self._smarthost, self._tracker)
+        )
 
     def start(self) -> None:
+        self._micro_service.start()
         self._tracker.start()
         if self._context.settings.email_enabled:
             wait_for_smarthost(self._context, self._config)
         if not self._context.stop.is_set():
             self._service.start()
 
-    def stop_taking(self) -> None:
-        self._service.stop()
+    def stop_taking(self, timeout_seconds: float) -> None:
+        self._service.stop(timeout_seconds)
 
     def finish(self, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
         self._service.wait_answered(timeout_seconds)
         self._smarthost.close(deadline)
+        # What was cut just now is in doubt: its record and its reply are still to be written.
+        self._service.wait_answered(self._context.settings.tracking_ack_seconds + SETTLE_SECONDS)
         self._tracker.stop()
 
 

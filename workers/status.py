@@ -4,6 +4,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import time
 from typing import Any
 
 import gevent
@@ -11,13 +12,14 @@ import gevent
 from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
+from relay.ops.figures import micro_service, status_figures
 from relay.ops.health import HealthServer
-from relay.ops.parts import service, storage_config
+from relay.ops.parts import service
 from relay.ops.process import Context, run
+from relay.ops.waiting import serve_when_tracked
 from relay.reporting import Reporting, status_handler
 from relay.submission.admission import Admission
 from relay.tracking.log import Log
-from relay.tracking.storage import wait_for_storage
 
 WORKED_ON_AT_ONCE = 50
 
@@ -30,6 +32,7 @@ class StatusWorker:
         self._context = context
         self._jetstream = JetStream(context.bus)
         self._off_reason = "not connected yet"
+        self._serving = gevent.Greenlet()
         records = Bucket(self._jetstream, contract.RECIPIENTS_BUCKET)
         reporting = Reporting(records, Log(self._jetstream), lambda: context.bus.max_payload_bytes)
         gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, WORKED_ON_AT_ONCE)
@@ -40,17 +43,15 @@ class StatusWorker:
         self._services = [
             service(context, nats_subject, status_handler(answer), gate) for nats_subject, answer in answers.items()
         ]
+        self._micro_service = micro_service(
+            context, self._services, lambda: status_figures(self._services, self._off_reason)
+        )
         self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness)
         self._health.start()
 
     def start(self) -> None:
-        gevent.spawn(self._serve_when_possible)
-
-    def _serve_when_possible(self) -> None:
-        config = storage_config(self._context.settings)
-        wait_for_storage(self._jetstream, config, self._say)
-        for each in self._services:
-            each.start()
+        self._micro_service.start()
+        self._serving = serve_when_tracked(self._context, self._services, self._jetstream, self._say)
 
     def _say(self, why_off: str) -> None:
         self._off_reason = why_off
@@ -62,13 +63,15 @@ class StatusWorker:
         facts["tracking"] = self._off_reason or "on"
         return bus.is_connected, facts
 
-    def stop_taking(self) -> None:
+    def stop_taking(self, timeout_seconds: float) -> None:
+        self._serving.kill(timeout=timeout_seconds / 4)
         for each in self._services:
-            each.stop()
+            each.stop(timeout_seconds / 4)
 
     def finish(self, timeout_seconds: float) -> None:
+        deadline = time.monotonic() + timeout_seconds
         for each in self._services:
-            each.wait_answered(timeout_seconds)
+            each.wait_answered(max(0.0, deadline - time.monotonic()))
         self._health.stop()
 
 

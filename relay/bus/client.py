@@ -16,16 +16,19 @@ a timer each, the second echoes the caller's headers into the reply.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
 import re
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import nats.errors
+import nats.protocol.parser
 from gevent.event import Event
 from nats.aio.client import Client
 from nats.aio.msg import Msg as NatsMsg
@@ -43,7 +46,11 @@ PING_INTERVAL_SECONDS = 10
 """A dead peer is noticed after about three of these; nats-py's default needs 4 to 6 minutes."""
 
 CONNECT_TIMEOUT_SECONDS = 5
+WATCH_SECONDS = 1.0
 
+PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
+
+_VIOLATION = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 _TOKENS = re.compile(r"[^\x00-\x20\x7f.*>]+(?:\.[^\x00-\x20\x7f.*>]+)*")
 
 
@@ -119,6 +126,33 @@ class _One:
         self._answers.put(self._index, error)
 
 
+# The server ends a token of a control line at a space or a tab only. nats-py ends it at any white space, and takes a
+# reply subject with a vertical tab or a form feed, which any caller may send, for a broken protocol: it disconnects.
+_TOKEN, _GAP = rb"([^ \t\r\n]+)", rb"[ \t]+"
+nats.protocol.parser.MSG_RE = re.compile(
+    rb"\AMSG" + _GAP + _TOKEN + _GAP + _TOKEN + _GAP + rb"(" + _TOKEN + _GAP + rb")?(\d+)\r\n"
+)
+nats.protocol.parser.HMSG_RE = re.compile(
+    rb"\AHMSG" + _GAP + _TOKEN + _GAP + _TOKEN + _GAP + rb"(" + _TOKEN + _GAP + rb")?(\d+)" + _GAP + rb"(\d+)\r\n"
+)
+
+
+class _Client(Client):
+    """nats-py's client, but one message that cannot be decoded costs only itself.
+
+    nats-py decodes reply subjects and headers strictly, outside any handler: a caller who sends a byte that is no
+    UTF-8 ends its read loop, and the client stays "connected" and deaf until pings are missed.
+    """
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except (OSError, nats.errors.Error):
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of one message, whatever is in it
+            log.warning("dropped a message on %.100r that cannot be decoded: %s", subject, error)
+
+
 class Subscribed(NamedTuple):
     """What is subscribed to, kept so that a new client can take over."""
 
@@ -131,15 +165,22 @@ class Bus:
     """One connection to NATS. Its methods are for greenlets; handlers run in the bus's own greenlet.
 
     ``url`` may name several servers, separated by commas. ``on_change(is_connected, why)`` is called
-    in the bus's greenlet and must not block.
+    in the bus's greenlet and must not block; ``on_death()`` when only a new process can help.
     """
 
-    def __init__(self, url: str, name: str, on_change: Callable[[bool, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        on_change: Callable[[bool, str], None] | None = None,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
         self._servers = [part.strip() for part in url.split(",") if part.strip()]
         self._name = name
         self._on_change = on_change
+        self._on_death = on_death
         self._bridge = Bridge()
-        self._nc = Client()
+        self._nc: Client = _Client()
         self._outbox: deque[tuple[Publication, str, Collector | None]] = deque()
         self._outbox_filled: asyncio.Event | None = None
         self._is_flagged = False
@@ -164,6 +205,17 @@ class Bus:
     def _begin(self) -> None:
         self._outbox_filled = asyncio.Event()
         self._tasks = [asyncio.create_task(self._stay_connected()), asyncio.create_task(self._write())]
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        """Neither task ends by itself: without it nothing would be sent any more, so the process has to end."""
+        if self._is_closing or task.cancelled() or (error := task.exception()) is None:
+            return
+        log.critical("the bus has died of %r", error, exc_info=error)
+        self._connected.clear()
+        if self._on_death is not None:
+            self._on_death()
 
     def wait_connected(self, timeout_seconds: float | None = None) -> bool:
         """Blocks until connected; False when ``timeout_seconds`` went by first."""
@@ -199,12 +251,22 @@ class Bus:
                 await self._abandon()
                 await asyncio.sleep(self._reconnect_wait_seconds)
                 continue
-            await closed.wait()
+            await self._watch(closed)
             self._changed(False, "NATS closed the connection for good; connecting anew")
+
+    async def _watch(self, closed: asyncio.Event) -> None:
+        """Returns when the client is closed for good; reconnects one whose reader has ended without a word."""
+        while not closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(closed.wait(), WATCH_SECONDS)
+            reader = self._nc._reading_task
+            if self._nc.is_connected and reader is not None and reader.done():
+                log.error("the NATS client has stopped reading; reconnecting")
+                await self._nc.force_reconnect()
 
     async def _connect(self, closed: asyncio.Event) -> None:
         """Connects a new client, for as long as it takes, and gives it all subscriptions."""
-        nc = self._nc = Client()
+        nc = self._nc = _Client()
 
         async def on_closed() -> None:
             closed.set()
@@ -219,7 +281,8 @@ class Bus:
             if nc.is_connected:
                 self.last_error = _in_words(error)
                 log.warning("NATS: %s", self.last_error)
-            else:
+                self._denied(self.last_error)
+            elif not (self.last_error == PASSWORD_REFUSED and _is_hangup(error)):
                 self._changed(False, _in_words(error))
 
         await nc.connect(
@@ -241,6 +304,21 @@ class Bus:
         await asyncio.sleep(0)  # flush() writes its PING ahead of the SUBs that still wait in the client
         await nc.flush(timeout=CONNECT_TIMEOUT_SECONDS)
         self._changed(True, "")
+
+    def _denied(self, text: str) -> None:
+        """Tells when NATS refuses what serving needs: connected, and still no request comes or no reply goes out."""
+        refused = _VIOLATION.search(text)
+        if refused is None or self._on_change is None:
+            return
+        verb, nats_subject = refused[1].lower(), refused[2]
+        if verb == "subscription":
+            if any(
+                wanted.queue_group and wanted.nats_subject == nats_subject for wanted, _ in self._subscribed.values()
+            ):
+                self._on_change(False, f"this user may not subscribe to {nats_subject}; grant it in NATS")
+        elif not nats_subject.startswith("$"):  # without $JS and $KV mail still goes out, untracked
+            prefix = nats_subject.partition(".")[0]
+            self._on_change(False, f"this user may not publish to {prefix}.>; grant it in NATS")
 
     async def _abandon(self) -> None:
         try:
@@ -264,21 +342,25 @@ class Bus:
             self._on_change(is_connected, why)
 
     def close(self, timeout_seconds: float = 3.0) -> None:
-        """Writes out what was published, closes the connection and ends the loop. Safe to call twice."""
+        """Writes out what was published, closes the connection and ends the loop. Safe to call twice.
+
+        Takes ``timeout_seconds`` at most.
+        """
         if self._is_closing:
             return
+        deadline = time.monotonic() + timeout_seconds
         if self.is_connected:
             try:
-                self.flush(timeout_seconds)
+                self.flush(timeout_seconds / 2)
             except (BusUnavailable, nats.errors.Error) as error:
                 log.warning("closing NATS before everything was written: %s", error)
         self._is_closing = True
         try:
-            self._bridge.call(self._abandon(), timeout_seconds)
+            self._bridge.call(self._abandon(), max(0.1, (deadline - time.monotonic()) / 2))
         except BusUnavailable as error:
             log.debug("closing NATS: %s", error)
         self._connected.clear()
-        self._bridge.stop()
+        self._bridge.stop(max(0.1, deadline - time.monotonic()))
 
     def flush(self, timeout_seconds: float = 3.0) -> None:
         """A barrier: returns when the server has taken all that was published before.
@@ -290,7 +372,7 @@ class Bus:
             while self._outbox:
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0)
-            await self._nc.flush(timeout=max(1, int(timeout_seconds)))
+            await self._nc.flush(timeout=timeout_seconds)  # type: ignore[arg-type]
 
         try:
             self._bridge.call(barrier(), timeout_seconds)
@@ -333,10 +415,13 @@ class Bus:
     def unsubscribe(self, token: int, timeout_seconds: float = 5.0) -> None:
         """Ends a subscription: when it returns, every message that the server had sent was handed over."""
         _, subscription = self._subscribed.pop(token, (None, None))
-        if subscription is None or not self.is_connected:
+        if subscription is None:
             return
 
         async def drain() -> None:
+            if not self._nc.is_connected:
+                self._nc._remove_sub(subscription._id)  # or the client would subscribe again when it reconnects
+                return
             # drain() alone writes its PING before the UNSUB that waits in the client's buffer, so the
             # server may send more after the PONG; the UNSUB has to be on the wire first.
             await self._nc._send_unsubscribe(subscription._id)
@@ -347,6 +432,7 @@ class Bus:
             self._bridge.call(drain(), timeout_seconds)
         except (OSError, nats.errors.Error, BusUnavailable, TimeoutError) as error:
             log.warning("ending a subscription: %s", _in_words(error))
+            self._bridge.post(lambda: self._nc._remove_sub(subscription._id))
 
     # -- publish ---------------------------------------------------------------------------
     def publish(self, publication: Publication) -> None:
@@ -464,11 +550,18 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, nats.errors.OutboundBufferLimitError | nats.errors.ConnectionClosedError):
         return "not connected"
     if isinstance(error, nats.errors.AuthorizationError) or "authorization violation" in str(error).lower():
-        return "user name or password was refused; check NATS_URL"
+        return PASSWORD_REFUSED
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno).lower()
     text = str(error).removeprefix("nats: ").strip().strip("'")
     return text or type(error).__name__
+
+
+def _is_hangup(error: Exception) -> bool:
+    """Whether it only says that the server hung up, as it does after a refusal that was already told."""
+    if isinstance(error, ConnectionRefusedError):
+        return False
+    return isinstance(error, ConnectionError | nats.errors.UnexpectedEOF)
 
 
 def without_password(url: str) -> str:

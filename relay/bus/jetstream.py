@@ -23,6 +23,9 @@ API = "$JS.API"
 
 WRONG_LAST_SEQUENCE = 10071
 STREAM_NOT_FOUND = 10059
+WRONG_STREAM = 10060
+NO_MESSAGE_FOUND = 10037
+TOO_LARGE_FOR_STREAM = 10054
 STREAM_NAME_IN_USE = 10058
 NOT_ENABLED = 10076
 NOT_ENABLED_FOR_ACCOUNT = 10039
@@ -31,7 +34,8 @@ MULTI_GET_LIMIT = 1000
 """Keys in one ``multi_last`` request; the server answers at most 1,024 matches."""
 
 EXPECTED_LAST_SUBJECT_SEQUENCE = "Nats-Expected-Last-Subject-Sequence"
-MESSAGE_ID = "Nats-Msg-Id"
+EXPECTED_STREAM = "Nats-Expected-Stream"
+DEDUPLICATION_ID = "Nats-Msg-Id"
 
 
 class Stored(NamedTuple):
@@ -72,9 +76,10 @@ class JetStream:
 
         ``RevisionConflict`` is the answer to a wrong ``Nats-Expected-Last-Subject-Sequence``.
         """
+        answers = self._bus.request_all(publications, timeout_seconds)
         return [
-            answer if isinstance(answer, Exception) else _acknowledgement(answer)
-            for answer in self._bus.request_all(publications, timeout_seconds)
+            answer if isinstance(answer, Exception) else _acknowledgement(answer, publication)
+            for publication, answer in zip(publications, answers, strict=True)
         ]
 
     def api(self, call: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -101,10 +106,13 @@ class JetStream:
 
     def get_last_from_leader(self, stream: str, nats_subject: str) -> StoredMsg | None:
         """The same question asked of the leader: never stale, and works without ``allow_direct``."""
+        return self._ask_leader(stream, {"last_by_subj": nats_subject})
+
+    def _ask_leader(self, stream: str, question: Mapping[str, Any]) -> StoredMsg | None:
         try:
-            found = self.api(f"STREAM.MSG.GET.{stream}", {"last_by_subj": nats_subject})["message"]
+            found = self.api(f"STREAM.MSG.GET.{stream}", question)["message"]
         except BusRefused as error:
-            if error.code == 10037:  # no message found
+            if error.code == NO_MESSAGE_FOUND:
                 return None
             raise
         headers = _parse_headers(base64.b64decode(found["hdrs"])) if found.get("hdrs") else {}
@@ -113,6 +121,7 @@ class JetStream:
     def get_many(self, stream: str, request: Mapping[str, Any]) -> list[StoredMsg]:
         """A batch direct get (``multi_last``, or ``batch`` with ``next_by_subj``): what the stream has, in its order.
 
+        A stream that allows no direct get (lfx's chart makes such a bucket) is asked message by message.
         Raises ``BusUnavailable`` when the answers stop coming, ``BusRefused`` (413: more than 1,024 matches).
         """
         batch = _Batch()
@@ -122,22 +131,40 @@ class JetStream:
                 raise BusUnavailable(f"JetStream did not finish answering within {self._timeout_seconds:g} s")
         finally:
             self._bus.forget(token)
+        if isinstance(batch.error, BusRefused) and batch.error.code == 503:
+            return self._get_many_from_leader(stream, request)
         if batch.error is not None:
             raise batch.error
-        return batch.messages
+        return batch.found
+
+    def _get_many_from_leader(self, stream: str, request: Mapping[str, Any]) -> list[StoredMsg]:
+        if (nats_subjects := request.get("multi_last")) is not None:
+            found = [self.get_last_from_leader(stream, nats_subject) for nats_subject in nats_subjects]
+            return [each for each in found if each is not None]
+        taken: list[StoredMsg] = []
+        sequence = int(request["seq"])
+        while len(taken) < int(request["batch"]):
+            each = self._ask_leader(stream, {"seq": sequence, "next_by_subj": request["next_by_subj"]})
+            if each is None:
+                break
+            taken.append(each._replace(pending=1))
+            sequence = each.sequence + 1
+        else:
+            return taken
+        return [*taken[:-1], *(each._replace(pending=0) for each in taken[-1:])]
 
 
 class _Batch:
     """Collects a batch direct get: messages, then an end marker (204), or one error status."""
 
     def __init__(self) -> None:
-        self.messages: list[StoredMsg] = []
+        self.found: list[StoredMsg] = []
         self.error: BusUnavailable | BusRefused | None = None
         self.done = Event()
 
     def take(self, msg: Msg) -> bool:
         if not msg.status:
-            self.messages.append(_stored_msg(msg))
+            self.found.append(_stored_msg(msg))
             return False
         if msg.status not in {"204", "404"}:
             self.error = BusRefused(f"JetStream answered {msg.status} to a batch get", int(msg.status))
@@ -180,9 +207,11 @@ def _json_object(payload: bytes) -> dict[str, Any]:
     return answer
 
 
-def _acknowledgement(msg: Msg) -> Stored | BusUnavailable | BusRefused:
+def _acknowledgement(msg: Msg, publication: Publication) -> Stored | BusUnavailable | BusRefused:
     if msg.status:
-        return BusRefused(f"no stream takes {msg.nats_subject}" if msg.status == "503" else msg.status, int(msg.status))
+        return BusRefused(
+            f"no stream takes {publication.nats_subject}" if msg.status == "503" else msg.status, int(msg.status)
+        )
     try:
         answer = _json_object(msg.payload)
         return Stored(str(answer["stream"]), int(answer["seq"]), bool(answer.get("duplicate", False)))

@@ -59,8 +59,8 @@ class Bucket:
         """
         entries: dict[str, Entry] = {}
         for start in range(0, len(keys), MULTI_GET_LIMIT):
-            subjects = [self._prefix + key for key in keys[start : start + MULTI_GET_LIMIT]]
-            for found in self._jetstream.get_many(self._stream, {"multi_last": subjects}):
+            nats_subjects = [self._prefix + key for key in keys[start : start + MULTI_GET_LIMIT]]
+            for found in self._jetstream.get_many(self._stream, {"multi_last": nats_subjects}):
                 if not found.is_deleted:
                     key = found.nats_subject.removeprefix(self._prefix)
                     entries[key] = Entry(key, found.payload, found.sequence)

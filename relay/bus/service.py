@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import gevent
 from gevent.event import Event
@@ -70,10 +70,15 @@ class Service:
         self._patience_seconds = patience_seconds
         self._reply_rule = ReplyRule(reply_prefixes, bus.inbox_prefix)
         self._token: int | None = None
+        self._is_serving = False
         self._nothing_in_hand = Event()
         self._nothing_in_hand.set()
+        self._busy_seconds = 0.0
         self.in_hand = 0
         self.answered = 0
+        self.broken = 0
+        """Answered with the handler's ``broken``: a bug of ours."""
+        self.last_error = ""
         self.refused = 0
         """Answered ``overloaded``."""
         self.dropped = 0
@@ -89,15 +94,28 @@ class Service:
         """In which queue group."""
         return self._queue_group
 
+    def stats(self) -> dict[str, Any]:
+        """The numbers of an endpoint in ADR-32's stats; times in nanoseconds."""
+        nanoseconds = int(self._busy_seconds * 1e9)
+        return {
+            "num_requests": self.answered,
+            "num_errors": self.broken,
+            "last_error": self.last_error,
+            "processing_time": nanoseconds,
+            "average_processing_time": nanoseconds // self.answered if self.answered else 0,
+        }
+
     def start(self) -> None:
         """Joins the queue group."""
+        self._is_serving = True
         self._token = self._bus.subscribe(self._nats_subject, self._queue_group, self._on_msg)
 
-    def stop(self) -> None:
+    def stop(self, timeout_seconds: float = 5.0) -> None:
         """Leaves the queue group; what the server had already sent is still answered."""
         if self._token is not None:
-            self._bus.unsubscribe(self._token)
+            self._bus.unsubscribe(self._token, timeout_seconds)
             self._token = None
+        self._is_serving = False
 
     def wait_answered(self, timeout_seconds: float) -> int:
         """Blocks until every request in hand is answered; returns how many are left at the deadline."""
@@ -115,7 +133,7 @@ class Service:
             )
             return
         now = time.monotonic()
-        if not self._gate.take(now, len(msg.payload), self._patience_seconds):
+        if not self._is_serving or not self._gate.take(now, len(msg.payload), self._patience_seconds):
             self.refused += 1
             self._reply(msg.reply_subject, self._handler.overloaded)
             return
@@ -127,10 +145,14 @@ class Service:
         reply = self._handler.broken
         try:
             reply = self._handler.answer(msg.payload, deadline)
-        except Exception:
+        except Exception as error:
+            self.broken += 1
+            self.last_error = f"{type(error).__name__}: {error}"
             log.exception("a request on %s could not be answered", msg.nats_subject)
         finally:
-            self._gate.finish(time.monotonic(), len(msg.payload))
+            now = time.monotonic()
+            self._busy_seconds += now - (deadline - self._patience_seconds)
+            self._gate.finish(now, len(msg.payload))
             self._reply(msg.reply_subject, reply)
             self.answered += 1
             self.in_hand -= 1

@@ -7,7 +7,10 @@ from pathlib import Path
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from relay.settings import Group, rows
+from relay.bus.client import without_password
+from relay.settings import Group, Settings, rows, source_of
+
+MASK = "********"
 
 
 def markdown_table() -> str:
@@ -38,7 +41,10 @@ def _of(group: Group) -> list[tuple[str, FieldInfo, Group, str]]:
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.default
+    return _written(field.default)
+
+
+def _written(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -46,3 +52,18 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, SecretStr):
         return ""
     return str(value.as_posix() if isinstance(value, Path) else value)
+
+
+def effective(settings: Settings) -> list[tuple[str, str, str]]:
+    """Every setting: name, value as it would be written (secrets masked), and where it comes from."""
+    found = []
+    for name, _, _, _ in rows():
+        value = getattr(settings, name.lower())
+        if isinstance(value, SecretStr):
+            shown = MASK if value.get_secret_value() else ""
+        elif name == "NATS_URL":
+            shown = without_password(str(value))
+        else:
+            shown = _written(value)
+        found.append((name, shown, source_of(name) if name.lower() in settings.model_fields_set else "default"))
+    return found

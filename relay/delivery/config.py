@@ -17,7 +17,7 @@ class SmarthostConfig:
 
     host: str
     """Name or address; resolved again for every connection, since SES changes its addresses often."""
-    port: int = 25
+    port: int
     username: str = ""
     """AUTH happens when both this and ``password`` are set."""
     password: str = dataclasses.field(default="", repr=False)

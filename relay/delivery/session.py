@@ -214,7 +214,7 @@ class Session:
             self._settle(reply, results)
             self._needs_rset = is_mail_accepted
         elif not is_any_accepted:
-            self._end_empty_content()
+            self._end_empty_content(deadline)
         return reply.is_intermediate and is_any_accepted
 
     def _send_content(self, content: bytes, deadline: float, results: list[Outcome]) -> None:
@@ -245,10 +245,11 @@ class Session:
             Outcome(State.RELAYED, reply.text, code, enhanced_code, SaidBy.PEER, Phase.DOT, 1, reply.remote_id),
         )
 
-    def _end_empty_content(self) -> None:
+    def _end_empty_content(self, deadline: float) -> None:
         """Answer a 354 that came although nobody is left to receive: one dot, and its reply means nothing to us."""
-        self._channel.write(END_OF_CONTENT, time.monotonic() + self._config.command_timeout_seconds)
-        self._read_reply(time.monotonic() + self._config.command_timeout_seconds)
+        until = min(deadline, time.monotonic() + self._config.command_timeout_seconds)
+        self._channel.write(END_OF_CONTENT, until)
+        self._read_reply(until)
 
     def _read_last_words(self, results: list[Outcome]) -> None:
         """A server that refuses the content half-way says so (552) before it hangs up: take that as the reason."""

@@ -9,6 +9,7 @@ smarthost serves us, so only dialling pauses. A refusal after MAIL that concerns
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Final
 
@@ -23,8 +24,9 @@ from relay.delivery.pool import Pool
 from relay.delivery.session import Session
 from relay.delivery.trouble import LocalFailure, Probe, Radius, Trouble, classify_local, failed_here
 from relay.errors import EgressUnavailable, PoolClosed, PoolTimeout
+from relay.redaction import without_addresses
 
-__all__ = ["Smarthost", "SmarthostConfig"]
+log = logging.getLogger("relay.delivery")
 
 CONNECT_CAP_SECONDS: Final = 1.5
 """Between probes after connecting failed: a smarthost that is back is used again within 2 s."""
@@ -68,7 +70,7 @@ class Smarthost:
         try:
             outcomes = self._attempt(reverse_path, forward_paths, content, deadline)
             if any(outcome.state is State.RELAYED for outcome in outcomes):
-                self._circuit.close()
+                self._close_circuit()
             return outcomes
         finally:
             self._circuit.probe_void(time.monotonic())
@@ -129,7 +131,7 @@ class Smarthost:
         else:
             session = self._dialler.probe()
             if self._circuit.probe is Probe.NOOP:
-                self._circuit.close()
+                self._close_circuit()
         self._opened += 1
         return session
 
@@ -144,6 +146,7 @@ class Smarthost:
         if self._circuit.is_closed:
             is_refusal = isinstance(error, LoginRefused)
             self._circuit.open(reason, Probe.NOOP, now, REFUSAL_CAP_SECONDS if is_refusal else CONNECT_CAP_SECONDS)
+            log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(reason))
         else:
             self._circuit.probe_failed(reason, now)
         self._pool.refuse_waiters(error)
@@ -155,9 +158,14 @@ class Smarthost:
         now = time.monotonic()
         if self._circuit.is_closed:
             self._circuit.open(detail, trouble.probe or Probe.MAIL, now, REFUSAL_CAP_SECONDS)
+            log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(detail))
         else:
             self._circuit.probe_failed(detail, now)
         self._pool.refuse_waiters(EgressUnavailable(detail))
+
+    def _close_circuit(self) -> None:
+        self._circuit.close()
+        log.info("the smarthost takes mail again")
 
     def _start_probing(self) -> None:
         if self._circuit.probe is Probe.NOOP and self._prober is None and not self._closing.is_set():

@@ -11,11 +11,25 @@ from typing import Any
 
 import orjson
 from gevent.pool import Pool
-from gevent.pywsgi import WSGIServer
+from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from relay.errors import ConfigError
 
-MAX_CONNECTIONS = 100
+MAX_CONNECTIONS = 1000
+REQUEST_SECONDS = 2.0
+
+
+class _Handler(WSGIHandler):  # type: ignore[misc]
+    """One request a connection, and only so long to send it: idle connections must not keep the probes out."""
+
+    def handle(self) -> None:
+        self.socket.settimeout(REQUEST_SECONDS)
+        super().handle()
+
+    def read_request(self, raw_requestline: str) -> bool:
+        is_readable = bool(super().read_request(raw_requestline))
+        self.close_connection = True
+        return is_readable
 
 
 class HealthServer:
@@ -23,7 +37,9 @@ class HealthServer:
 
     def __init__(self, host: str, port: int, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
         self._readiness = readiness
-        self._server = WSGIServer((host, port), self._answer, log=None, spawn=Pool(MAX_CONNECTIONS))
+        self._server = WSGIServer(
+            (host, port), self._answer, log=None, error_log=None, spawn=Pool(MAX_CONNECTIONS), handler_class=_Handler
+        )
 
     def start(self) -> None:
         """Starts listening. Raises ``ConfigError`` when the port cannot be had."""
@@ -31,6 +47,7 @@ class HealthServer:
             self._server.start()
         except OSError as error:
             host, port = self._server.address
+            self._server.close()
             raise ConfigError(
                 f"port {port} on {host} cannot be used ({error.strerror}); end what listens there, or set PORT"
             ) from error

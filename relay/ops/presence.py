@@ -6,13 +6,16 @@ changes, atomically; read by ``relayctl``, which believes it only when its pid i
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-import time
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
+
+log = logging.getLogger("relay.process")
 
 
 class Stage(StrEnum):
@@ -32,6 +35,8 @@ class Report(NamedTuple):
     """What it waits for, one sentence."""
     has_given_up: bool
     """It goes on trying, but whoever started it should be told that it failed."""
+    exit_code: int
+    """With which it ended by its own decision; 0 while it runs."""
     notes: dict[str, str]
     """What does not stop it from serving, e.g. ``tracking``: why it is off."""
 
@@ -41,21 +46,28 @@ class Presence:
 
     def __init__(self, state_dir: Path, program: str) -> None:
         self._path = presence_path(state_dir, program)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # _write says what is wrong
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lacking: dict[str, str] = {"start": "starting"}
         self._notes: dict[str, str] = {}
-        self._has_given_up = False
+        self._given_up: set[str] = set()
         self._is_draining = False
-        self._since = time.time()
+        self._exit_code = 0
+        self._is_written = True
         self._write()
 
     def lacks(self, what: str, why: str, *, has_given_up: bool = False) -> None:
-        """Says that ``what`` is missing for serving (``why``), or with '' that it no longer is."""
+        """Says that ``what`` is missing for serving (``why``), or with '' that it no longer is.
+
+        ``has_given_up`` stays said until it is there.
+        """
         if why:
             self._lacking[what] = why
         else:
             self._lacking.pop(what, None)
-        self._has_given_up = has_given_up
+            self._given_up.discard(what)
+        if has_given_up:
+            self._given_up.add(what)
         self._write()
 
     def note(self, what: str, why: str) -> None:
@@ -65,6 +77,11 @@ class Presence:
         else:
             self._notes.pop(what, None)
         self._write()
+
+    def failed(self, why: str, exit_code: int) -> None:
+        """Says why the program ends now by its own decision: it cannot work like this."""
+        self._exit_code = exit_code
+        self.lacks("program", why, has_given_up=True)
 
     def draining(self) -> None:
         """Says that no more requests are taken."""
@@ -79,17 +96,25 @@ class Presence:
         return Stage.WAITING if self._lacking else Stage.READY
 
     def _write(self) -> None:
+        """Never raises: it is called from everywhere, and a full disk must not cost a mail or a connection."""
         told = {
             "pid": os.getpid(),
             "stage": self.stage.value,
             "reason": "; ".join(self._lacking.values()),
-            "has_given_up": self._has_given_up and bool(self._lacking),
+            "has_given_up": bool(self._given_up),
+            "exit_code": self._exit_code,
             "notes": self._notes,
-            "since": self._since,
         }
         partial = self._path.with_suffix(".partial")
-        partial.write_bytes(orjson.dumps(told))
-        partial.replace(self._path)
+        try:
+            partial.write_bytes(orjson.dumps(told))
+            partial.replace(self._path)
+        except OSError as error:
+            if self._is_written:
+                log.warning("cannot write %s, so relayctl does not see this program's state: %s", self._path, error)
+            self._is_written = False
+        else:
+            self._is_written = True
 
 
 def presence_path(state_dir: Path, program: str) -> Path:
@@ -98,11 +123,20 @@ def presence_path(state_dir: Path, program: str) -> Path:
 
 
 def read_presence(state_dir: Path, program: str, pid: int) -> Report | None:
-    """The presence of the program that runs as ``pid``; None when it has told nothing yet."""
+    """The presence of the program that runs as ``pid``; None when it has told nothing yet.
+
+    With ``pid`` 0 (it does not run) the last word of one that ended by its own decision.
+    """
     try:
         told = orjson.loads(presence_path(state_dir, program).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        report = Report(
+            int(told["pid"]),
+            Stage(told["stage"]),
+            str(told["reason"]),
+            bool(told["has_given_up"]),
+            int(told["exit_code"]),
+            dict(told["notes"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    if told.get("pid") != pid:
-        return None
-    return Report(pid, Stage(told["stage"]), told["reason"], bool(told["has_given_up"]), dict(told["notes"]))
+    return report if report.pid == pid or (not pid and report.exit_code) else None

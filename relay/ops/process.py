@@ -26,6 +26,11 @@ from relay.settings import Settings, load_settings, unknown_names
 
 log = logging.getLogger("relay.process")
 
+STOP_TAKING_SECONDS = 2.0
+BUS_CLOSE_SECONDS = 3.0
+SHUTDOWN_MARGIN_SECONDS = 10
+"""What a worker needs at most beyond DRAIN_SECONDS: ending subscriptions, settling what was cut, closing NATS."""
+
 
 class Context(NamedTuple):
     """What every worker is given."""
@@ -47,11 +52,11 @@ class Worker(Protocol):
         Raises ``EgressUnavailable`` when the process shall end and be started again later (exit 75).
         """
 
-    def stop_taking(self) -> None:
-        """Ends the subscriptions."""
+    def stop_taking(self, timeout_seconds: float) -> None:
+        """Ends the subscriptions, at most this long."""
 
     def finish(self, timeout_seconds: float) -> None:
-        """Finishes what is in hand, at most this long, and lets go of everything but the bus."""
+        """Finishes what is in hand, at most this long and a moment to settle what was cut; keeps only the bus."""
 
 
 def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
@@ -81,11 +86,18 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
         presence.lacks("nats", "" if is_connected else f"NATS at {without_password(settings.nats_url)}: {why}")
 
     presence.lacks("nats", f"NATS at {without_password(settings.nats_url)}: connecting")
-    bus = Bus(settings.nats_url, f"relay {program}", on_bus_change)
+    bus_deaths: list[str] = []
+
+    def on_bus_death() -> None:
+        bus_deaths.append(program)
+        stop.set()
+
+    bus = Bus(settings.nats_url, f"relay {program}", on_bus_change, on_bus_death)
     try:
         worker = build(Context(settings, program, bus, presence, stop))
     except ConfigError as error:
         log.error("%s", error)
+        presence.failed(str(error), EXIT_CONFIG)
         return EXIT_CONFIG
     bus.start()
     starting = gevent.spawn(_start, worker, bus, presence, stop)
@@ -94,9 +106,9 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
     failure = starting.exception
     starting.kill(timeout=1)
     _shut_down(worker, bus, presence, settings.drain_seconds)
-    if failure is None:
-        return EXIT_OK
-    return EXIT_TEMPORARY if isinstance(failure, EgressUnavailable) else EXIT_FAILED
+    if isinstance(failure, EgressUnavailable) or bus_deaths:
+        return EXIT_TEMPORARY
+    return EXIT_OK if failure is None else EXIT_FAILED
 
 
 def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event) -> None:
@@ -110,12 +122,13 @@ def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event) -> None:
 
 
 def _shut_down(worker: Worker, bus: Bus, presence: Presence, drain_seconds: float) -> None:
+    """Takes ``drain_seconds`` and less than ``SHUTDOWN_MARGIN_SECONDS`` more, whatever hangs."""
     deadline = time.monotonic() + drain_seconds
     log.info("stopping: no more requests are taken")
     presence.draining()
-    worker.stop_taking()
+    worker.stop_taking(min(STOP_TAKING_SECONDS, drain_seconds))
     worker.finish(max(0.0, deadline - time.monotonic()))
-    bus.close()
+    bus.close(BUS_CLOSE_SECONDS)
     log.info("stopped")
 
 

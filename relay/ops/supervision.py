@@ -6,8 +6,12 @@ Owns the state directory's layout: ``supervisord.conf`` and ``.sock``, ``log/<pr
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import select
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -22,14 +26,18 @@ from typing import Any, NamedTuple
 import orjson
 from supervisor.xmlrpc import SupervisorTransport
 
-from relay.errors import RelayError
+from relay.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, RelayError
 from relay.ops.devstack import DevStack
 from relay.ops.presence import Report, presence_path, read_presence
+from relay.ops.process import SHUTDOWN_MARGIN_SECONDS
 from relay.settings import Settings
 
 LOG_MAX_BYTES = "10MB"
-STOP_MARGIN_SECONDS = 5
+RPC_SECONDS = 3.0
+WATCH_SECONDS = 0.5
 MAX_SOCKET_PATH_BYTES = 107
+UNFIT_CHARACTERS = frozenset('%;#"\\\r\n')
+"""What supervisord's and nats-server's files would expand, cut off or end at."""
 FAILED_STATES = frozenset({"FATAL", "EXITED", "UNKNOWN", "STOPPED"})
 """supervisord's words for a program that it does not try to start any more."""
 
@@ -75,7 +83,8 @@ def programs(settings: Settings, dev: DevStack | None) -> list[Program]:
 
 
 def _worker(module: str, name: str) -> list[str]:
-    return [sys.executable, "-m", f"workers.{module}", name]
+    # -P: or a folder named workers, wherever relayctl was called, would be run in place of ours.
+    return [sys.executable, "-P", "-m", f"workers.{module}", name]
 
 
 class Supervision:
@@ -101,39 +110,56 @@ class Supervision:
             raise SupervisionError(
                 f"RELAY_STATE_DIR {self.state_dir} is too long for a Unix socket; choose one of at most 80 bytes"
             )
-        try:
-            for directory in ("log", "run"):
-                (self.state_dir / directory).mkdir(parents=True, exist_ok=True)
-            (self.state_dir / ".writable").touch()
-            (self.state_dir / ".writable").unlink()
-        except OSError as error:
+        if unfit := set(str(self.state_dir)) & UNFIT_CHARACTERS:
             raise SupervisionError(
-                f"cannot write to RELAY_STATE_DIR {self.state_dir} ({error.strerror}); set it to a directory"
-                " that this user may write to"
-            ) from error
+                f"RELAY_STATE_DIR {self.state_dir} holds {' '.join(map(repr, sorted(unfit)))}, which configuration"
+                " files cannot; choose another"
+            )
         if self.is_running():
             raise SupervisionError(
                 f"a relay is already running in {self.state_dir}; `relayctl stop` ends it, or set RELAY_STATE_DIR"
                 " to another directory"
             )
+        if left := self.orphans():
+            raise SupervisionError(
+                f"programs of an earlier relay still run in {self.state_dir} without their supervisord"
+                f" ({_listed(left)}); `relayctl stop` ends them"
+            )
         check_port_free(settings.relay_http_host, settings.port, "PORT")
         if dev is not None:
             for setting, port in dev.ports().items():
                 check_port_free("127.0.0.1", port, setting)
-            dev.write_configuration()
-        listed = programs(settings, dev)
-        for program in listed:
-            presence_path(self.state_dir, program.name).unlink(missing_ok=True)
-        self._conf.write_text(self._configuration(settings, listed, foreground=foreground))
-        self._remember(settings, listed)
-        command = [sys.executable, "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(self._conf)]
+        self._write_files(settings, dev, foreground=foreground)
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(self._conf)]
         if os.geteuid() == 0:
             command += ["--user", "root"]
         return command
 
+    def _write_files(self, settings: Settings, dev: DevStack | None, *, foreground: bool) -> None:
+        try:
+            for directory in ("log", "run"):
+                (self.state_dir / directory).mkdir(parents=True, exist_ok=True)
+            if dev is not None:
+                dev.write_configuration()
+            listed = programs(settings, dev)
+            for program in listed:
+                presence_path(self.state_dir, program.name).unlink(missing_ok=True)
+            if not self._socket.is_socket():
+                self._socket.unlink(missing_ok=True)
+            self._conf.write_text(self._configuration(settings, listed, foreground=foreground))
+            self._remember(settings, listed)
+        except OSError as error:
+            raise SupervisionError(
+                f"cannot write to RELAY_STATE_DIR {self.state_dir} ({error.strerror}); set it to a directory"
+                " that this user may write to, with room on its disk"
+            ) from error
+
     def launch(self, command: list[str], environment: dict[str, str]) -> None:
         """Runs supervisord in the background; returns when it answers."""
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise SupervisionError(f"supervisord did not start within 30 s in {self.state_dir}") from error
         if done.returncode != 0:
             raise SupervisionError(f"supervisord did not start: {(done.stderr or done.stdout).strip()}")
         deadline = time.monotonic() + 10
@@ -141,6 +167,48 @@ class Supervision:
             if time.monotonic() > deadline:
                 raise SupervisionError(f"supervisord did not answer; see {self.state_dir / 'log' / 'supervisord.log'}")
             time.sleep(0.05)
+
+    def stay(self, command: list[str], environment: dict[str, str]) -> int:
+        """Runs supervisord as a child until it ends; the exit code for this process, which may be PID 1.
+
+        Passes its output on (standard output may be a socket, which the programs could not open again), makes SIGTERM
+        and its like an orderly stop, reaps orphans, and ends everything when a program can never work: 78 when that
+        one exited 78, else 1.
+        """
+        reader, writer = os.pipe()
+        child = subprocess.Popen(
+            command, env=environment, stdout=writer, stderr=writer, start_new_session=True
+        )  # a session of its own: Ctrl-C reaches us alone
+        os.close(writer)
+        asked = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, lambda *_: asked.append(True))
+        failure = EXIT_OK
+        is_stopping = False
+        while True:
+            _pass_on(reader, WATCH_SECONDS)
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == child.pid:
+                _pass_on(reader, 0)
+                return failure or os.waitstatus_to_exitcode(status)
+            if failure == EXIT_OK and not is_stopping:
+                failure = self._hopeless_exit_code()
+            if (asked or failure != EXIT_OK) and not is_stopping:
+                is_stopping = True
+                with contextlib.suppress(OSError, xmlrpc.client.Error, SupervisionError):
+                    self.begin_draining()
+                child.send_signal(signal.SIGTERM)
+
+    def _hopeless_exit_code(self) -> int:
+        """0 while every program may yet work."""
+        try:
+            hopeless = next((each for each in self.statuses() if cannot_work(each)), None)
+        except SupervisionError:  # supervisord is starting, or ending
+            return EXIT_OK
+        if hopeless is None:
+            return EXIT_OK
+        print(f"relayctl: {hopeless.name} can never work like this; see what it said above", flush=True)
+        return hopeless.report.exit_code if hopeless.report is not None else EXIT_FAILED
 
     def _configuration(self, settings: Settings, listed: list[Program], *, foreground: bool) -> str:
         head, section = conf_file("supervisord.conf").read_text().split("; " + "-" * 99 + "\n")
@@ -150,10 +218,10 @@ class Supervision:
             "pidfile": self.state_dir / "supervisord.pid",
             "nodaemon": "true" if foreground else "false",
             "log_dir": self.state_dir / "log",
-            "directory": Path.cwd(),
+            "directory": _working_directory(self.state_dir),
             "log_max_bytes": "0" if foreground else LOG_MAX_BYTES,
             "log_backups": "0" if foreground else "3",
-            "stop_wait_seconds": int(settings.drain_seconds) + STOP_MARGIN_SECONDS,
+            "stop_wait_seconds": math.ceil(settings.drain_seconds) + SHUTDOWN_MARGIN_SECONDS,
         }
         parts = [Template(head).substitute({key: _escaped(value) for key, value in shared.items()})]
         for program in listed:
@@ -170,6 +238,7 @@ class Supervision:
         told = {
             "nats_url": settings.nats_url,
             "port": settings.port,
+            "smarthost": f"{settings.smtp_host}:{settings.smtp_port}",
             "programs": {program.name: program.port for program in listed},
         }
         self._started.touch(mode=0o600)
@@ -177,7 +246,7 @@ class Supervision:
 
     # -- ask -------------------------------------------------------------------------------
     def started(self) -> dict[str, Any]:
-        """How the relay in this directory was started: ``nats_url``, ``port``, ``programs``; {} when it never was."""
+        """How it was started: ``nats_url``, ``port``, ``smarthost``, ``programs``; {} when it never was."""
         try:
             told = orjson.loads(self._started.read_bytes())
         except (OSError, orjson.JSONDecodeError):
@@ -205,7 +274,7 @@ class Supervision:
     def _status(self, info: dict[str, Any], port: int) -> ProgramStatus:
         pid = int(info["pid"])
         is_running = info["statename"] == "RUNNING"
-        report = read_presence(self.state_dir, info["name"], pid) if pid else None
+        report = read_presence(self.state_dir, info["name"], pid)
         is_serving = _listens(port) if port else report is not None and report.stage == "ready"
         return ProgramStatus(
             name=info["name"],
@@ -240,40 +309,115 @@ class Supervision:
 
     # -- stop ------------------------------------------------------------------------------
     def stop(self, timeout_seconds: float) -> None:
-        """Stops every program in order, then supervisord; returns when it is gone."""
+        """Stops every program, the workers all at once, then supervisord; returns when it is gone.
+
+        Without a supervisord, ends the programs that a killed one left behind.
+        """
+        deadline = time.monotonic() + timeout_seconds
         try:
             pid = int(self._call("getPID"))
+            self.begin_draining()
             self._call("shutdown")
+            pids = {"supervisord": pid}
         except (OSError, xmlrpc.client.Error) as error:
-            raise SupervisionError(f"no relay runs in {self.state_dir}; nothing to stop") from error
-        deadline = time.monotonic() + timeout_seconds
-        while _is_alive(pid):
+            pids = self.orphans()
+            if not pids:
+                raise SupervisionError(f"no relay runs in {self.state_dir}; nothing to stop") from error
+            for pid in pids.values():
+                os.kill(pid, signal.SIGTERM)
+        while left := {name: pid for name, pid in pids.items() if _is_alive(pid)}:
             if time.monotonic() > deadline:
-                raise SupervisionError(f"supervisord (pid {pid}) has not ended after {timeout_seconds:g} s")
+                raise SupervisionError(f"still running after {timeout_seconds:g} s: {_listed(left)}")
             time.sleep(0.05)
 
-    def _call(self, method: str) -> Any:
+    def begin_draining(self) -> None:
+        """Asks all workers to stop at once; supervisord by itself would ask one after the other is gone."""
+        for info in self._call("getAllProcessInfo"):
+            if is_worker(info["name"]) and info["statename"] == "RUNNING":
+                with contextlib.suppress(xmlrpc.client.Fault):  # it has just ended by itself
+                    self._call("stopProcess", info["name"], False)
+
+    def orphans(self) -> dict[str, int]:
+        """Programs of ours that still run although their supervisord does not: name and pid."""
+        found = {}
+        for path in sorted((self.state_dir / "run").glob("*.json")):
+            try:
+                pid = int(orjson.loads(path.read_bytes())["pid"])
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            if any(word.startswith(b"workers.") for word in command) and path.stem.encode() in command:
+                found[path.stem] = pid
+        return found
+
+    def _call(self, method: str, *arguments: object) -> Any:
         """One call of supervisord's XML-RPC interface. Raises ``OSError`` and ``xmlrpc.client.Error``."""
         transport = SupervisorTransport(None, None, f"unix://{self._socket}")
-        with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
-            return getattr(proxy.supervisor, method)()
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(RPC_SECONDS)  # the transport has no way to be told of a time limit
+        try:
+            with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
+                return getattr(proxy.supervisor, method)(*arguments)
+        except TimeoutError as error:
+            raise SupervisionError(
+                f"the supervisord in {self.state_dir} does not answer; its pid is in supervisord.pid there"
+            ) from error
+        finally:
+            socket.setdefaulttimeout(before)
+
+
+def _pass_on(reader: int, timeout_seconds: float) -> None:
+    """Copies what arrives within the time to standard output; drops it where that is closed or full for ever."""
+    deadline = time.monotonic() + timeout_seconds
+    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        chunk = os.read(reader, 65536)
+        if not chunk:
+            return
+        with contextlib.suppress(OSError):
+            while chunk:
+                chunk = chunk[os.write(1, chunk) :]
+
+
+def _working_directory(otherwise: Path) -> Path:
+    """Where relayctl was called, so that relative paths in settings mean the same to the programs."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it was deleted meanwhile
+        return otherwise
+
+
+def _listed(pids: dict[str, int]) -> str:
+    return ", ".join(f"{name} pid {pid}" for name, pid in pids.items())
+
+
+def is_worker(program: str) -> bool:
+    """Whether the program is one of ours that answers over NATS."""
+    return program == "status" or program.startswith("send-")
 
 
 def has_failed(status: ProgramStatus) -> bool:
     """Whether the program will not become ready without someone doing something."""
-    return status.state in FAILED_STATES or (status.report is not None and status.report.has_given_up)
+    return cannot_work(status) or (status.report is not None and status.report.has_given_up)
+
+
+def cannot_work(status: ProgramStatus) -> bool:
+    """Whether starting it again changes nothing: supervisord gave up, or it said so itself when it ended."""
+    return status.state in FAILED_STATES or (status.report is not None and status.report.exit_code == EXIT_CONFIG)
 
 
 def check_port_free(host: str, port: int, setting: str) -> None:
     """Raises ``SupervisionError`` when the port cannot be listened on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise SupervisionError(
-                f"port {port} on {host} cannot be used ({error.strerror}); end what listens there, or set {setting}"
-            ) from error
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
+            0
+        ]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SupervisionError(
+            f"port {port} on {host} cannot be used ({error.strerror}); end what listens there, or set {setting}"
+        ) from error
 
 
 def conf_file(name: str) -> Path:
@@ -300,6 +444,8 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:
+        return True
     return not _is_zombie(pid)
 
 

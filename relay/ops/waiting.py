@@ -1,15 +1,25 @@
-"""Waiting for the smarthost at start: a worker joins no queue group before mail can be sent."""
+"""Waiting at start: a worker joins no queue group before it can serve, and says meanwhile what it lacks."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 
+import gevent
+from gevent.event import Event
+
+from relay.bus.jetstream import JetStream
+from relay.bus.service import Service
 from relay.delivery.config import SmarthostConfig
 from relay.delivery.readiness import wait_for_smtp
 from relay.errors import EgressUnavailable
+from relay.ops.parts import storage_config
 from relay.ops.process import Context
+from relay.tracking.storage import wait_for_storage
 
 log = logging.getLogger("relay.process")
+
+FIRST_TRY_SECONDS = 10.0
 
 
 def wait_for_smarthost(context: Context, config: SmarthostConfig) -> None:
@@ -33,3 +43,29 @@ def wait_for_smarthost(context: Context, config: SmarthostConfig) -> None:
                 raise
             presence.lacks("smtp", str(error), has_given_up=True)
     presence.lacks("smtp", "")
+
+
+def serve_when_tracked(
+    context: Context, services: Sequence[Service], jetstream: JetStream, say: Callable[[str], None]
+) -> gevent.Greenlet:
+    """Starts ``services`` as soon as records and facts can be read; ``say`` is told why not yet, then ''.
+
+    Blocks for the first try and goes on in the greenlet that it returns; should that die, the process is stopped.
+    """
+    first_try = Event()
+
+    def tell(why_not: str) -> None:
+        say(why_not)
+        if why_not:
+            first_try.set()
+
+    def serve() -> None:
+        wait_for_storage(jetstream, storage_config(context.settings), tell)
+        for service in services:
+            service.start()
+        first_try.set()
+
+    serving = gevent.spawn(serve)
+    serving.link_exception(lambda _: context.stop.set())
+    first_try.wait(FIRST_TRY_SECONDS)
+    return serving

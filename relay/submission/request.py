@@ -25,6 +25,9 @@ from relay.errors import SubmissionRejected
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
+MAX_GROUP_ID_CHARACTERS = 10_000
+
+
 class SendRequest(NamedTuple):
     """A ``send_email`` request. Same order as ``contract.SEND_EMAIL_FIELDS``; '' where the caller gave nothing."""
 
@@ -42,10 +45,12 @@ def decode_send_request(payload: bytes) -> SendRequest:
     """The request in ``payload``, with ``to``, ``subject``, ``html`` and ``text`` all non-empty (blanks count as set).
 
     Raises ``SubmissionRejected`` with ``INVALID_REQUEST_PAYLOAD``, or with ``REQUIRED_FIELDS_MISSING`` and the first
-    missing field.
+    missing field. A group id too long to be kept in the mail's record is refused before anything is sent.
     """
     request = SendRequest._make(decode_fields(payload, contract.SEND_EMAIL_FIELDS).values())
     if request.to and request.subject_header and request.html and request.text:
+        if len(request.group_id) > MAX_GROUP_ID_CHARACTERS:
+            _reject("group_id", f"group_id is longer than {MAX_GROUP_ID_CHARACTERS} characters")
         return request
     missing = contract.SEND_EMAIL_FIELDS[request.index("")]
     raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")

@@ -14,7 +14,6 @@ SHARED_TOKEN = "-"
 """Where the facts of mails without a group are logged: no subject per mail."""
 
 MAX_TOKEN_LENGTH = 128
-MAX_HEADER_LENGTH = 256
 
 _PLAIN = re.compile(r"[A-Za-z0-9_/][A-Za-z0-9_/-]{0,127}")
 _PRINTABLE = re.compile(r"[\x20-\x7e]{1,256}")

@@ -15,7 +15,8 @@ import orjson
 
 from relay import contract
 from relay.bus.client import Publication
-from relay.bus.jetstream import MESSAGE_ID, JetStream
+from relay.bus.jetstream import DEDUPLICATION_ID, JetStream
+from relay.tracking.record import is_email_id
 
 PAGE_LIMIT = 1000
 
@@ -47,13 +48,13 @@ class Page(NamedTuple):
 
 def fact_publication(token: str, fact: Fact, email_id: str, at: str, event_id: str = "") -> Publication:
     """The message that states a fact. Publishing it again within the duplicate window changes nothing."""
-    message = {"email_id": email_id, "at": at}
-    msg_id = f"{email_id}.{fact.value}"
+    stated = {"email_id": email_id, "at": at}
+    deduplication_id = f"{email_id}.{fact.value}"
     if event_id:
-        message["event_id"] = event_id
-        msg_id = f"{msg_id}.{event_id}"
+        stated["event_id"] = event_id
+        deduplication_id = f"{deduplication_id}.{event_id}"
     nats_subject = f"{contract.LOG_PREFIX}.{token}.{fact.value}"
-    return Publication(nats_subject, orjson.dumps(message), {MESSAGE_ID: msg_id})
+    return Publication(nats_subject, orjson.dumps(stated), {DEDUPLICATION_ID: deduplication_id})
 
 
 class Log:
@@ -66,8 +67,8 @@ class Log:
         """How many facts of each kind the group has; kinds it has none of are left out. One request."""
         prefix = f"{contract.LOG_PREFIX}.{token}."
         info = self._jetstream.api(f"STREAM.INFO.{contract.LOG_STREAM}", {"subjects_filter": f"{prefix}*"})
-        subjects = info["state"].get("subjects") or {}
-        return {nats_subject.removeprefix(prefix): int(count) for nats_subject, count in subjects.items()}
+        counts = info["state"].get("subjects") or {}
+        return {nats_subject.removeprefix(prefix): int(count) for nats_subject, count in counts.items()}
 
     def page(self, token: str, from_sequence: int, limit: int = PAGE_LIMIT) -> Page:
         """The mails whose ``sent`` facts stand at ``from_sequence`` or after it, at most ``limit``."""
@@ -75,7 +76,7 @@ class Log:
         found = self._jetstream.get_many(
             contract.LOG_STREAM, {"seq": max(1, from_sequence), "next_by_subj": nats_subject, "batch": limit}
         )
-        email_ids = [str(orjson.loads(stored.payload)["email_id"]) for stored in found]
+        email_ids = [email_id for stored in found if (email_id := _email_id(stored.payload))]
         is_last = not found or found[-1].pending == 0
         return Page(email_ids, None if is_last else found[-1].sequence + 1)
 
@@ -86,3 +87,12 @@ class Log:
             page = self.page(token, sequence)
             yield page.email_ids
             sequence = page.next_sequence
+
+
+def _email_id(payload: bytes) -> str:
+    """The mail a fact is about; '' when that could not be a key, whoever published it."""
+    try:
+        email_id = str(orjson.loads(payload)["email_id"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return ""
+    return email_id if is_email_id(email_id) else ""

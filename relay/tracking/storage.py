@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import gevent
 
 from relay import contract
+from relay.bus.client import Publication
 from relay.bus.jetstream import (
+    EXPECTED_STREAM,
     NOT_ENABLED,
     NOT_ENABLED_FOR_ACCOUNT,
     STREAM_NAME_IN_USE,
     STREAM_NOT_FOUND,
+    WRONG_STREAM,
     JetStream,
 )
 from relay.errors import BusRefused, BusUnavailable
@@ -25,6 +28,7 @@ DUPLICATE_WINDOW_SECONDS = 120
 NANOSECONDS = 1_000_000_000
 DAY_SECONDS = 86_400
 RETRY_SECONDS = 1.0
+PROBE_SECONDS = 2.0
 NO_JETSTREAM_SECONDS = 10.0
 NO_JETSTREAM = "JetStream is not enabled on the NATS server; start it with -js (and a store directory)"
 
@@ -41,11 +45,13 @@ class StorageConfig(NamedTuple):
 def ensure_storage(jetstream: JetStream, config: StorageConfig) -> str:
     """Makes what is missing. '' when records and facts can be kept, else one sentence why they cannot.
 
-    Raises ``BusUnavailable`` when JetStream does not answer.
+    Asks each stream to store something that it must refuse, so that the answer shows that it would answer a write and
+    nothing is stored. Raises ``BusUnavailable`` when JetStream does not answer.
     """
     try:
         for stream in (_bucket(config), _log(config)):
             _ensure_stream(jetstream, stream)
+            _probe_writing(jetstream, stream)
     except BusRefused as error:
         if error.code in {NOT_ENABLED, NOT_ENABLED_FOR_ACCOUNT, 503}:
             return NO_JETSTREAM
@@ -53,11 +59,14 @@ def ensure_storage(jetstream: JetStream, config: StorageConfig) -> str:
     return ""
 
 
-def wait_for_storage(jetstream: JetStream, config: StorageConfig, say: Callable[[str], None]) -> None:
+def wait_for_storage(
+    jetstream: JetStream, config: StorageConfig, say: Callable[[str], None], pause_seconds: float = 0.0
+) -> None:
     """Blocks until records and facts can be kept; tries again every few seconds, for ever.
 
-    ``say`` is told why not after each try, and '' at the end.
+    ``say`` is told why not after each try, and '' at the end. ``pause_seconds`` before the first try.
     """
+    gevent.sleep(pause_seconds)
     while True:
         why_not = why_unusable(jetstream, config)
         say(why_not)
@@ -85,6 +94,13 @@ def _ensure_stream(jetstream: JetStream, stream: dict[str, Any]) -> None:
         except BusRefused as refusal:
             if refusal.code != STREAM_NAME_IN_USE:  # another worker was first
                 raise
+
+
+def _probe_writing(jetstream: JetStream, stream: dict[str, Any]) -> None:
+    nats_subject = stream["subjects"][0].replace("*", "probe").replace(">", "probe")
+    (answer,) = jetstream.store([Publication(nats_subject, b"", {EXPECTED_STREAM: "none"})], PROBE_SECONDS)
+    if isinstance(answer, BusUnavailable) or (isinstance(answer, BusRefused) and answer.code != WRONG_STREAM):
+        raise answer
 
 
 def _bucket(config: StorageConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import gevent
 
 from relay import contract
-from relay.bus.jetstream import JetStream
+from relay.bus.jetstream import TOO_LARGE_FOR_STREAM, JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
 from relay.tracking.groups import SHARED_TOKEN, group_token
@@ -24,6 +24,11 @@ from relay.tracking.storage import StorageConfig, wait_for_storage, why_unusable
 log = logging.getLogger("relay.tracking")
 
 FAILURES_TO_SUSPEND = 3
+PROBE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+"""Doubles up to this while probes succeed and records still fail, as with a full disk."""
+ONE_RECORDS_OWN = frozenset({413, TOO_LARGE_FOR_STREAM})
+"""Refusals that say nothing about the next record: this one is too large for the server or the bucket."""
 
 
 class Tracker:
@@ -38,6 +43,7 @@ class Tracker:
         self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         self._on_change = on_change
         self._failures_in_a_row = 0
+        self._pause_seconds = PROBE_SECONDS
         self._probe: gevent.Greenlet | None = None
         self.off_reason = "not connected yet"
         """Why nothing is being tracked, '' while it is."""
@@ -90,6 +96,7 @@ class Tracker:
                 self._fail(email_id, answer)
                 return
         self._failures_in_a_row = 0
+        self._pause_seconds = PROBE_SECONDS
         self.tracked += 1
 
     def stop(self) -> None:
@@ -99,10 +106,13 @@ class Tracker:
 
     def _fail(self, email_id: str, error: Exception) -> None:
         self._lose(email_id, str(error))
+        if isinstance(error, BusRefused) and error.code in ONE_RECORDS_OWN:
+            return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_TO_SUSPEND and not self.off_reason:
             self._say(str(error))
             self._start_probe()
+            self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
 
     def _lose(self, email_id: str, why: str) -> None:
         self.lost += 1
@@ -110,7 +120,7 @@ class Tracker:
 
     def _start_probe(self) -> None:
         if self._probe is None or self._probe.dead:
-            self._probe = gevent.spawn(wait_for_storage, self._jetstream, self._config, self._say)
+            self._probe = gevent.spawn(wait_for_storage, self._jetstream, self._config, self._say, self._pause_seconds)
 
     def _say(self, why_off: str) -> None:
         if why_off == self.off_reason:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import time
 from collections.abc import Callable
 
 import gevent
@@ -179,3 +183,84 @@ def test_a_wrong_password_is_said_in_words(new_nats_server: NewServer) -> None:
 
 def test_a_url_is_shown_without_its_password() -> None:
     assert without_password("nats://relay:secret@nats.example.com:4222") == "nats://nats.example.com:4222"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"PUB client.hostile _INBOX.\xff 2\r\nhi\r\n",
+        b"HPUB client.hostile _INBOX.x 18 20\r\nNATS/1.0 \xff\xff\xff\r\n\r\n\r\nhi\r\n",
+        b"HPUB client.hostile _INBOX.x 19 21\r\nNATS/1.0\r\nA: \xff\xff\r\n\r\nhi\r\n",
+        b"HPUB client.hostile _INBOX.x 1 3\r\nNhi\r\n",
+        b"PUB client.hostile _INBOX.\x0b.x 2\r\nhi\r\n",
+        b"PUB client.hostile _INBOX.\x0c 2\r\nhi\r\n",
+    ],
+    ids=["reply subject", "status line", "header value", "short header", "vertical tab", "form feed"],
+)
+def test_bytes_that_are_no_text_cost_only_their_own_message(bus: Bus, nats_server: NatsServer, line: bytes) -> None:
+    echo(bus, "client.hostile")
+    with socket.create_connection(("127.0.0.1", nats_server.port), timeout=5) as hostile:
+        hostile.recv(65536)
+        hostile.sendall(b'CONNECT {"verbose":false,"headers":true,"no_responders":true}\r\n' + line + b"PING\r\n")
+        assert b"PONG" in hostile.recv(65536)
+    assert bus.request(Publication("client.hostile", b"still here"), 1).payload == b"still here"
+
+
+def test_a_reader_that_ended_without_a_word_is_noticed(nats_server: NatsServer, new_bus: NewBus) -> None:
+    bus = new_bus(nats_server.url)
+    echo(bus, "client.reader")
+    bus._bridge.post(lambda: bus._nc._reading_task.cancel())
+    with gevent.Timeout(5):
+        while True:
+            try:
+                assert bus.request(Publication("client.reader", b"x"), 0.3).payload == b"x"
+                break
+            except (BusUnavailable, BusRefused):
+                continue
+
+
+def test_a_subscription_ended_while_nats_was_away_stays_ended(new_nats_server: NewServer, new_bus: NewBus) -> None:
+    server = new_nats_server()
+    bus = new_bus(server.url)
+    token = echo(bus, "client.ended")
+    server.stop()
+    with gevent.Timeout(5):
+        while bus.is_connected:
+            gevent.sleep(0.02)
+    bus.unsubscribe(token)
+    server.start()
+    assert bus.wait_connected(5)
+    with pytest.raises(BusRefused, match="nobody answers"):
+        bus.request(Publication("client.ended", b""), 1)
+
+
+def test_a_refused_subscription_is_told(new_nats_server: NewServer) -> None:
+    server = new_nats_server(
+        config='authorization { users: [{user: "w", password: "w", permissions: {subscribe: {deny: "denied.>"}}}] }'
+    )
+    told: list[tuple[bool, str]] = []
+    bus = Bus(server.url.replace("//", "//w:w@"), "test", lambda is_connected, why: told.append((is_connected, why)))
+    bus.start()
+    try:
+        assert bus.wait_connected(5)
+        echo(bus, "denied.subject")
+        bus.subscribe("denied.other", "", lambda _: None)
+        with gevent.Timeout(5):
+            while len(told) < 2:
+                gevent.sleep(0.02)
+        assert told[-1] == (False, "this user may not subscribe to denied.subject; grant it in NATS")
+    finally:
+        bus.close()
+
+
+def test_closing_has_a_deadline_also_when_nats_is_frozen(new_nats_server: NewServer, new_bus: NewBus) -> None:
+    server = new_nats_server()
+    bus = new_bus(server.url)
+    assert server.process is not None
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        bus.close(1.0)
+        assert time.monotonic() - begun < 2.0
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)

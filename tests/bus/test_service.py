@@ -10,6 +10,7 @@ import pytest
 from relay.bus.client import Bus, Msg, Publication
 from relay.bus.service import Handler, Service
 from relay.submission.admission import Admission
+from tests.support.bus_caller import publish_with_reply_to
 
 NATS_SUBJECT = "service.under.test"
 
@@ -48,7 +49,7 @@ def replies_on(bus: Bus, nats_subject: str) -> list[Msg]:
 
 def ask_with_reply_to(bus: Bus, reply_subject: str, payload: bytes = b"hello") -> None:
     """A request whose reply subject the caller chose; returns when the service has had its turn."""
-    bus._bridge.post(lambda: bus._bridge._loop.create_task(bus._nc.publish(NATS_SUBJECT, payload, reply_subject)))
+    publish_with_reply_to(bus, NATS_SUBJECT, payload, reply_subject)
     gevent.sleep(0.02)
     bus.flush()
     gevent.sleep(0.05)

@@ -186,9 +186,9 @@ def test_all_addresses_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_that_cannot_be_resolved() -> None:
     with pytest.raises(NotConnected, match="cannot be resolved"):
-        Dialler(SmarthostConfig("x" * 70 + ".invalid", tls="off")).dial()
+        Dialler(SmarthostConfig("x" * 70 + ".invalid", 25, tls="off")).dial()
 
 
 def test_an_unusable_ca_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="certificate file"):
-        Dialler(SmarthostConfig("localhost", ca_file=str(tmp_path / "missing.pem")))
+        Dialler(SmarthostConfig("localhost", 25, ca_file=str(tmp_path / "missing.pem")))

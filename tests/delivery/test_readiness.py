@@ -45,7 +45,7 @@ def test_what_to_do_about_a_refused_connect() -> None:
 
 def test_what_to_do_about_an_unknown_name() -> None:
     with pytest.raises(NotConnected, match=r"cannot be resolved .*check SMTP_HOST"):
-        ping(SmarthostConfig("x" * 70 + ".invalid", tls="off"))
+        ping(SmarthostConfig("x" * 70 + ".invalid", 25, tls="off"))
 
 
 def test_what_to_do_about_a_server_that_refuses_noop() -> None:

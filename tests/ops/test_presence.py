@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+
+import pytest
 
 from relay.ops.presence import Presence, Report, Stage, presence_path, read_presence
 
@@ -40,6 +43,9 @@ def test_giving_up_is_told_until_it_works(tmp_path: Path) -> None:
     presence.lacks("start", "")
     presence.lacks("smtp", "wrong password", has_given_up=True)
     assert read(tmp_path).has_given_up
+    presence.lacks("smtp", "wrong password")
+    presence.lacks("nats", "")
+    assert read(tmp_path).has_given_up
     presence.lacks("smtp", "")
     assert not read(tmp_path).has_given_up
 
@@ -60,3 +66,13 @@ def test_a_broken_file_is_no_presence(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text("{")
     assert read_presence(tmp_path, "send-1", os.getpid()) is None
+
+
+def test_a_state_directory_that_is_gone_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    presence = Presence(tmp_path / "state", "send-1")
+    shutil.rmtree(tmp_path / "state")
+    for _ in range(3):
+        presence.lacks("nats", "away")
+    presence.draining()
+    assert presence.stage is Stage.DRAINING
+    assert caplog.text.count("cannot write") == 1

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import configparser
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from relay.errors import ConfigError
 from relay.ops.devstack import DevStack
-from relay.ops.supervision import Supervision, conf_file, programs
+from relay.ops.supervision import Supervision, SupervisionError, conf_file, programs
 from relay.settings import Settings
 from tests.support.nats_server import free_port
 
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings with free ports and a directory whose name supervisord would expand."""
+    """Settings with free ports and a directory with a space in its name."""
     values = {
-        "RELAY_STATE_DIR": str(tmp_path / "100%s"),
+        "RELAY_STATE_DIR": str(tmp_path / "state dir"),
         "PORT": str(free_port()),
         "NATS_URL": f"nats://127.0.0.1:{free_port()}",
         "SMTP_HOST": "127.0.0.1",
@@ -53,8 +58,14 @@ def test_supervisord_waits_longer_than_a_worker_drains(settings: Settings) -> No
             assert parser[section]["autorestart"] == "true"
 
 
-def test_percent_signs_survive(settings: Settings) -> None:
-    assert "100%%s" in prepared(settings)["program:status"]["stdout_logfile"]
+@pytest.mark.parametrize("name", ["100%s", "a;b", "a #b", 'a"b', "a\\b", "a\nb"])
+def test_a_directory_that_no_configuration_can_name(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path / name))
+    del settings
+    with pytest.raises(SupervisionError, match="RELAY_STATE_DIR"):
+        prepared(Settings())
 
 
 def test_in_the_foreground_everything_goes_to_standard_output(settings: Settings) -> None:
@@ -86,3 +97,49 @@ def test_how_it_was_started_is_kept_from_others(settings: Settings) -> None:
 
 def test_the_template_is_found() -> None:
     assert conf_file("supervisord.conf").is_file()
+
+
+CONFIGURATION = """
+[unix_http_server]
+file={dir}/supervisord.sock
+[supervisord]
+nodaemon=true
+logfile=/dev/null
+logfile_maxbytes=0
+pidfile={dir}/supervisord.pid
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[program:broken]
+command=sh -c "exit {code}"
+startretries={retries}
+[program:fine]
+command=sleep 60
+"""
+
+
+@pytest.mark.parametrize(("code", "retries", "expected"), [(78, 1000000, 78), (3, 0, 1)])
+def test_the_foreground_ends_when_a_program_can_never_work(code: int, retries: int, expected: int) -> None:
+    directory = Path(tempfile.mkdtemp(prefix="relay-t-"))
+    try:
+        if expected == 78:
+            (directory / "run").mkdir()
+            told = {
+                "pid": 1,
+                "stage": "waiting",
+                "reason": "port taken",
+                "has_given_up": True,
+                "exit_code": 78,
+                "notes": {},
+            }
+            (directory / "run" / "broken.json").write_text(json.dumps(told))
+        (directory / "conf").write_text(CONFIGURATION.format(dir=directory, code=code, retries=retries))
+        program = (
+            "import os, sys; from pathlib import Path; from relay.ops.supervision import Supervision;"
+            f"command = [sys.executable, '-W', 'ignore', '-m', 'supervisor.supervisord', '-c', '{directory}/conf'];"
+            f"sys.exit(Supervision(Path('{directory}')).stay(command, dict(os.environ)))"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    assert done.returncode == expected
+    assert "broken can never work" in done.stdout

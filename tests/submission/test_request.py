@@ -313,3 +313,13 @@ def test_objects_are_read_as_the_reference_reads_them(payload: bytes) -> None:
 )
 def test_no_octets_raise_anything_but_a_refusal(payload: bytes) -> None:
     assert outcome(payload) == reference(payload, FIELDS)
+
+
+@pytest.mark.parametrize(("length", "is_taken"), [(10_000, True), (10_001, False)])
+def test_a_group_id_too_long_for_the_record_is_refused(length: int, is_taken: bool) -> None:
+    mail = {"to": "a@example.com", "subject": "s", "html": "h", "text": "t", "group_id": "🚀" * length}
+    if is_taken:
+        assert len(decode_send_request(json.dumps(mail).encode()).group_id) == length
+    else:
+        with pytest.raises(SubmissionRejected, match="group_id is longer than 10000 characters"):
+            decode_send_request(json.dumps(mail).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -104,6 +103,5 @@ def under_load(
         tasks = [asyncio.create_task(caller(nc, begun + seconds, begun)) for _ in range(callers)]
         await asyncio.gather(disturb(), *tasks)
 
-    with contextlib.suppress(nats.errors.ConnectionClosedError):
-        with_nats(url, run)
+    with_nats(url, run)
     return load._replace(timed_out=timed_out)

@@ -111,6 +111,7 @@ class Worker:
     """One worker process without a supervisor, for tests of its life and exit codes."""
 
     def __init__(self, module: str, settings: Mapping[str, str]) -> None:
+        self.state_dir = Path(settings["RELAY_STATE_DIR"])
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"workers.{module}"],
             env=clean_environment(settings),
@@ -139,6 +140,10 @@ class CatchingServer:
         self._directory = directory
         self._catcher = Catcher(directory, self.port)
         self._catcher.start()
+
+    def count(self) -> int:
+        """How many mails it got in all; it keeps only the newest 1,000."""
+        return max((mail.number for mail in self.mails()), default=0)
 
     def mails(self) -> list[CaughtMail]:
         """What it got, oldest first."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
+from relay.ops.presence import read_presence
+from relay.ops.process import SHUTDOWN_MARGIN_SECONDS
 from tests.support.caller import send, under_load
 from tests.support.nats_server import NatsServer, free_port, wait_for_port
 from tests.support.relay_process import CatchingServer, RelayProcess, Worker
@@ -22,6 +25,21 @@ NewRelay = Callable[..., RelayProcess]
 NewServer = Callable[..., NatsServer]
 
 BACK_WITHIN_SECONDS = 3.0
+
+
+@pytest.fixture
+def stalling_smtp() -> Iterator[int]:
+    """The port of an SMTP server that takes everything and never answers the final dot."""
+
+    class Stalling:
+        async def handle_DATA(self, *_: object) -> str:
+            await asyncio.sleep(60)
+            return "451 too late"
+
+    controller = Controller(Stalling(), hostname="127.0.0.1", port=free_port())
+    controller.start()
+    yield controller.port
+    controller.stop()
 
 
 def test_a_killed_worker_comes_back_and_the_others_go_on(new_relay: NewRelay) -> None:
@@ -43,25 +61,90 @@ def test_a_killed_worker_comes_back_and_the_others_go_on(new_relay: NewRelay) ->
     watch.join()
     assert back[0] <= BACK_WITHIN_SECONDS
     assert {name: relay.program(name).pid for name in others} == others
+    assert len(load.replies) > 500
     assert all(reply.get("email_id") for reply in load.replies)
     assert load.timed_out <= 20, "only what was in flight in the killed process may be lost"
     assert any(1.0 < at < 2.0 for at in load.seconds_at_reply), "mail goes on while it is away"
 
 
-def test_sigterm_answers_what_is_in_flight(new_relay: NewRelay) -> None:
+def test_sigterm_answers_what_is_in_flight(new_relay: NewRelay, smtp: CatchingServer) -> None:
     relay = new_relay()
     relay.start()
-    stopping: list[float] = []
+    caught_before = smtp.count()
 
     def stop_one() -> None:
         os.kill(relay.program("send-1").pid, signal.SIGTERM)
-        stopping.append(time.monotonic())
 
     load = under_load(relay.nats_url, callers=50, seconds=2, during=stop_one, after_seconds=0.7)
     assert load.timed_out == 0, "every request got its reply"
+    assert len(load.replies) > 500
     assert all(reply.get("email_id") for reply in load.replies)
-    messages = [line["msg"] for line in relay.log("send-1")]
-    assert "stopped" in messages
+    assert smtp.count() - caught_before == len(load.replies), "no mail is lost or doubled"
+    assert "stopped" in [line["msg"] for line in relay.log("send-1")]
+
+
+def test_what_the_drain_deadline_cuts_is_in_doubt_and_answered(new_relay: NewRelay, stalling_smtp: int) -> None:
+    # Given 8 mails whose final dot is never answered
+    relay = new_relay(smtp_port=stalling_smtp, DRAIN_SECONDS="1", RELAY_SEND_WORKERS="2")
+    relay.start()
+    stopped: list[float] = []
+
+    def stop_all() -> None:
+        begun = time.monotonic()
+        assert relay.relayctl("stop").returncode == 0
+        stopped.append(time.monotonic() - begun)
+
+    # When the relay is stopped
+    stopping = threading.Thread(target=stop_all)
+    load = under_load(
+        relay.nats_url, callers=8, seconds=0.5, during=stopping.start, after_seconds=0.4, timeout_seconds=20
+    )
+    stopping.join()
+    # Then each caller is told, and the workers drained side by side
+    assert [reply["outcome"] for reply in load.replies] == ["in_doubt"] * 8
+    assert load.timed_out == 0
+    assert stopped[0] < 8
+
+
+def test_stopping_ends_also_when_nats_is_frozen(new_relay: NewRelay, new_nats_server: NewServer) -> None:
+    server = new_nats_server()
+    worker = Worker("send", new_relay(nats_url=server.url, DRAIN_SECONDS="1").settings)
+    assert server.process is not None
+    try:
+        deadline = time.monotonic() + 20
+        while (report := read_presence(worker.state_dir, "send", worker.process.pid)) is None or report.reason:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        worker.process.send_signal(signal.SIGTERM)
+        worker.output()
+        assert time.monotonic() - begun < 1 + SHUTDOWN_MARGIN_SECONDS
+        assert worker.process.returncode == 0
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+        worker.end()
+
+
+def test_a_supervisord_that_hangs_or_is_gone(new_relay: NewRelay) -> None:
+    relay = new_relay()
+    relay.start()
+    supervisord = int((relay.state_dir / "supervisord.pid").read_text())
+    # frozen: one sentence, soon
+    os.kill(supervisord, signal.SIGSTOP)
+    done = relay.relayctl("status", timeout_seconds=10)
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr
+    os.kill(supervisord, signal.SIGCONT)
+    # killed: what it left behind is seen, not doubled, and ended
+    os.kill(supervisord, signal.SIGKILL)
+    left = relay.supervision.orphans()
+    assert set(left) == {"send-1", "send-2", "status"}
+    refused = relay.relayctl("start")
+    assert refused.returncode == 1
+    assert f"send-1 pid {left['send-1']}" in refused.stderr
+    assert relay.relayctl("stop").returncode == 0
+    assert relay.supervision.orphans() == {}
 
 
 def test_stop_ends_everything(new_relay: NewRelay) -> None:

@@ -129,3 +129,41 @@ def test_many_at_once(jetstream: JetStream, count: int) -> None:
     gevent.joinall([gevent.spawn(note, tracker, group_id="tracker-many") for _ in range(count)], raise_error=True)
     assert Log(jetstream).counts("tracker-many") == {"sent": count}
     assert tracker.lost == 0
+
+
+def test_a_record_too_large_does_not_stop_the_others(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    for _ in range(FAILURES_TO_SUSPEND + 1):
+        note(tracker, group_id="x" * 1_100_000)
+    assert tracker.lost == FAILURES_TO_SUSPEND + 1
+    assert not tracker.off_reason
+    note(tracker)
+    assert tracker.tracked == 1
+
+
+def test_a_stream_that_acknowledges_nothing_is_noticed_before_a_mail_waits(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    name = f"KV_{contract.RECIPIENTS_BUCKET}"
+    subjects = [f"$KV.{contract.RECIPIENTS_BUCKET}.>"]
+    jetstream.api(
+        f"STREAM.CREATE.{name}", {"name": name, "subjects": subjects, "no_ack": True, "max_msgs_per_subject": 1}
+    )
+    tracker = new_tracker(jetstream)
+    assert tracker.off_reason
+    begun = time.monotonic()
+    note(tracker)
+    assert time.monotonic() - begun < ACK_SECONDS / 2
+    tracker.stop()
+
+
+def test_the_probe_stores_nothing(jetstream: JetStream) -> None:
+    def sequences() -> list[int]:
+        streams = (f"KV_{contract.RECIPIENTS_BUCKET}", contract.LOG_STREAM)
+        return [int(jetstream.api(f"STREAM.INFO.{name}")["state"]["last_seq"]) for name in streams]
+
+    new_tracker(jetstream)
+    before = sequences()
+    new_tracker(jetstream)
+    assert sequences() == before

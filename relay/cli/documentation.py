@@ -1,0 +1,29 @@
+"""The reference part of ``docs/cli.md``, made from the commands themselves."""
+
+from __future__ import annotations
+
+import inspect
+
+import click
+
+
+def reference(group: click.Group) -> str:
+    """Every command with its help, arguments and options, as Markdown."""
+    parts = []
+    for name, command in group.commands.items():
+        usage = " ".join(command.collect_usage_pieces(click.Context(command)))
+        about, _, example = inspect.cleandoc(command.help or "").partition("Example: ")
+        parts += [f"### relayctl {name}", "", about.strip(), "", f"```sh\n{example.strip()}\n```", ""]
+        parts += [f"Usage: `relayctl {name} {usage}`", "", "| Option | Meaning | Default |", "|---|---|---|"]
+        options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+        parts += [_row(option) for option in options]
+        parts.append("")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _row(option: click.Option) -> str:
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    default = "required" if option.required else ""
+    if option.show_default and option.default is not None:
+        default = f"`{option.default}`"
+    return f"| {names} | {option.help} | {default} |"

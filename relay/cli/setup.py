@@ -1,0 +1,81 @@
+"""``relayctl check``, ``settings`` and ``completion``: before it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+from click.shell_completion import get_completion_class
+from rich.table import Table
+from rich.text import Text
+
+from relay.cli.settings_text import effective, markdown_table
+from relay.cli.terminal import console, current_settings, json_option, print_json
+from relay.errors import EXIT_FAILED
+from relay.ops.preflight import Finding, findings
+
+
+@click.command()
+@json_option
+def check(as_json_: bool) -> None:
+    """Asks NATS, JetStream, the smarthost and this host whether a relay could run; says what to do where not.
+
+    Exits 1 when it could not. What it could run without is a warning.
+
+    Example: relayctl check
+    """
+    found: list[Finding] = []
+    settings = current_settings()
+    for finding in findings(settings):
+        found.append(finding)
+        if not as_json_:
+            console().print(_line(finding))
+    if as_json_:
+        print_json([finding._asdict() for finding in found])
+    if any(not finding.ok and not finding.is_warning for finding in found):
+        sys.exit(EXIT_FAILED)
+
+
+@click.command()
+@json_option
+@click.option("--markdown", is_flag=True, help="Print every setting, its default and its meaning as Markdown.")
+def settings(as_json_: bool, markdown: bool) -> None:
+    """Shows every setting's effective value and where it comes from; secrets are masked.
+
+    Example: relayctl settings
+    """
+    if markdown:
+        click.echo(markdown_table(), nl=False)
+        return
+    rows = effective(current_settings())
+    if as_json_:
+        print_json([{"name": name, "value": value, "source": source} for name, value, source in rows])
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("SETTING", "VALUE", "FROM"):
+        table.add_column(heading, overflow="fold")
+    for name, value, source in rows:
+        table.add_row(name, Text(value), Text(source, style="dim" if source == "default" else "green"))
+    console().print(table)
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Prints the script that completes relayctl's commands and options in SHELL.
+
+    Example: relayctl completion bash > /etc/bash_completion.d/relayctl
+    """
+    from relay.cli.main import cli
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "relayctl", "_RELAYCTL_COMPLETE").source())
+
+
+def _line(finding: Finding) -> Text:
+    if finding.ok:
+        mark, style = "ok", "green"
+    else:
+        mark, style = ("warning", "yellow") if finding.is_warning else ("failed", "red")
+    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<16}", "bold"), finding.detail)

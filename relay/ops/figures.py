@@ -1,0 +1,77 @@
+"""A worker's figures as they travel over NATS: what ``relayctl status`` shows of it.
+
+Owns the shape (``docs/cli.md`` documents it; a schema test holds it). The numbers are the parts' own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from relay import __version__
+from relay.bus.micro import MicroService
+from relay.bus.service import Gate, Service
+from relay.delivery.smarthost import Smarthost
+from relay.ops.process import Context
+from relay.sending import Sending
+from relay.tracking.tracker import Tracker
+
+OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent")
+
+
+def micro_service(
+    context: Context, endpoints: Sequence[Service], figures: Callable[[], dict[str, Any]]
+) -> MicroService:
+    """This worker as a NATS micro service. Not started."""
+    return MicroService(
+        context.bus,
+        version=__version__,
+        program=context.program,
+        metadata={"host": platform.node(), "pid": str(os.getpid())},
+        endpoints=endpoints,
+        figures=lambda: {**_process(context), **figures()},
+        reply_prefixes=context.settings.relay_reply_prefixes,
+    )
+
+
+def _process(context: Context) -> dict[str, Any]:
+    return {
+        "program": context.program,
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "stage": context.presence.stage.value,
+        "nats_server": context.bus.server_version,
+    }
+
+
+def send_figures(
+    sending: Sending, service: Service, gate: Gate, smarthost: Smarthost, tracker: Tracker
+) -> dict[str, Any]:
+    """A send worker's own: what it holds, what became of its mails, its pool, its circuit, its tracking."""
+    pool = dict(smarthost.figures())
+    circuit = {"state": pool.pop("circuit"), "reason": pool.pop("circuit_reason")}
+    return {
+        "in_flight": service.in_hand,
+        "backlog": max(0, gate.backlog - int(pool["busy"])),
+        **{outcome: sending.counts[outcome] for outcome in OUTCOMES},
+        "overloaded": service.refused,
+        "dropped": service.dropped,
+        "last_error": sending.last_error,
+        "pool": pool,
+        "circuit": circuit,
+        "tracking": {"off_reason": tracker.off_reason, "tracked": tracker.tracked, "lost": tracker.lost},
+    }
+
+
+def status_figures(services: Sequence[Service], off_reason: str) -> dict[str, Any]:
+    """A status worker's own."""
+    return {
+        "in_flight": sum(each.in_hand for each in services),
+        "answered": sum(each.answered for each in services),
+        "overloaded": sum(each.refused for each in services),
+        "dropped": sum(each.dropped for each in services),
+        "last_error": next((each.last_error for each in services if each.last_error), ""),
+        "tracking": {"off_reason": off_reason},
+    }

@@ -1,0 +1,122 @@
+"""Preflight: can a relay with these settings run here? Each question asked for real, each answer with its remedy.
+
+Owns the list of questions. Asks NATS, JetStream and the smarthost as the workers would, and changes nothing but
+for making the bucket and the log when they are missing (as the first worker would).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from relay import contract
+from relay.bus.client import Bus, without_password
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.delivery.readiness import ping
+from relay.errors import BusRefused, BusUnavailable, EgressUnavailable, RelayError
+from relay.ops.parts import smarthost_config, storage_config
+from relay.ops.supervision import Supervision, check_port_free
+from relay.settings import Settings, unknown_names
+from relay.tracking.log import Log
+from relay.tracking.storage import why_unusable
+
+CONNECT_SECONDS = 3.0
+LEAST_NATS_SERVER = (2, 12)
+
+
+class Finding(NamedTuple):
+    """The answer to one question."""
+
+    what: str
+    ok: bool
+    detail: str
+    """What was found, or what is wrong and what to do."""
+    is_warning: bool = False
+    """Not ok, and still the relay would run."""
+
+
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Every answer, as it is found. Takes up to about 15 s where something does not answer."""
+    unknown = unknown_names()
+    detail = f"no effect: {', '.join(unknown)}; check the spelling" if unknown else "all known"
+    yield Finding("settings", not unknown, detail, is_warning=bool(unknown))
+    yield from _this_host(settings)
+    yield from _nats(settings)
+    yield _smarthost(settings)
+
+
+def _this_host(settings: Settings) -> Iterator[Finding]:
+    supervision = Supervision(settings.relay_state_dir)
+    try:
+        supervision.state_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=supervision.state_dir):
+            pass
+        yield Finding("state directory", True, f"{supervision.state_dir} can be written")
+    except OSError as error:
+        detail = f"{supervision.state_dir}: {error.strerror}; set RELAY_STATE_DIR to a directory that can be written"
+        yield Finding("state directory", False, detail)
+    if supervision.is_running():
+        yield Finding("port", True, f"{settings.port}: a relay is running here")
+        return
+    try:
+        check_port_free(settings.relay_http_host, settings.port, "PORT")
+        yield Finding("port", True, f"{settings.port} is free")
+    except RelayError as error:
+        yield Finding("port", False, str(error))
+
+
+def _nats(settings: Settings) -> Iterator[Finding]:
+    url = without_password(settings.nats_url)
+    bus = Bus(settings.nats_url, "relayctl check")
+    bus.start()
+    try:
+        if not bus.wait_connected(CONNECT_SECONDS):
+            yield Finding("NATS", False, f"{url}: {bus.last_error or 'no answer'}; start it, or set NATS_URL")
+            return
+        yield Finding("NATS", True, f"{url}, server {bus.server_version}")
+        if (problem := old_server_problem(bus.server_version)) != "":
+            yield Finding("NATS version", False, problem)
+        yield _jetstream(bus, settings)
+    finally:
+        bus.close()
+
+
+def _jetstream(bus: Bus, settings: Settings) -> Finding:
+    """Asks what the workers ask: the storage, a record, a group's counts."""
+    jetstream = JetStream(bus, timeout_seconds=CONNECT_SECONDS)
+    try:
+        problem = why_unusable(jetstream, storage_config(settings))
+        if not problem:
+            Bucket(jetstream, contract.RECIPIENTS_BUCKET).get("no-such-mail")
+            Log(jetstream).counts("no-such-group")
+    except (BusRefused, BusUnavailable) as error:
+        problem = f"{error}; the user needs permission for $JS.API.> and $KV.{contract.RECIPIENTS_BUCKET}.>"
+    if problem:
+        return Finding("JetStream", False, f"mail will go out untracked: {problem}", is_warning=True)
+    return Finding("JetStream", True, f"bucket {contract.RECIPIENTS_BUCKET} and log {contract.LOG_STREAM} are there")
+
+
+def _smarthost(settings: Settings) -> Finding:
+    where = f"{settings.smtp_host}:{settings.smtp_port}"
+    if not settings.email_enabled:
+        return Finding("SMTP", False, f"{where} not asked: EMAIL_ENABLED is false, so no mail is sent", is_warning=True)
+    try:
+        ping(smarthost_config(settings))
+    except (EgressUnavailable, RelayError) as error:
+        return Finding("SMTP", False, str(error))
+    login = f"logged in as {settings.smtp_username}" if settings.smtp_username else "without login"
+    return Finding("SMTP", True, f"{where} takes mail, {login}")
+
+
+def old_server_problem(version: str) -> str:
+    """What an older nats-server lacks, '' for one that is new enough."""
+    try:
+        parts = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
+    except ValueError:
+        return ""
+    if parts >= LEAST_NATS_SERVER:
+        return ""
+    least = ".".join(map(str, LEAST_NATS_SERVER))
+    return f"nats-server {version} is older than {least}: tracking needs its batch reads; update the server"

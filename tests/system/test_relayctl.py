@@ -1,0 +1,227 @@
+"""relayctl against a running development stack: what a newcomer does after `relayctl start --dev`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.nats_server import NatsServer, free_port
+from tests.support.relay_process import RELAYCTL, RelayProcess, clean_environment
+
+SEND = ("send", "--to", "user@example.com", "--subject", "Grüße", "--text", "It works.", "--group", "newcomer")
+
+
+@pytest.fixture(scope="module")
+def relay() -> Iterator[RelayProcess]:
+    """A development stack on free ports; a shell that knows only its state directory."""
+    directory = Path(tempfile.mkdtemp(prefix="relay-t-"))
+    made = RelayProcess(directory, f"nats://127.0.0.1:{free_port()}", free_port())
+    try:
+        made.start("--dev")
+        del made.settings["NATS_URL"]
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def email_id(relay: RelayProcess) -> str:
+    """A mail that was sent from the shell."""
+    done = relay.relayctl(*SEND, "--json")
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout)["email_id"])
+
+
+def shown(relay: RelayProcess, *arguments: str) -> str:
+    """What a command that succeeds prints."""
+    done = relay.relayctl(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shown_json(relay: RelayProcess, *arguments: str) -> Any:
+    """What it prints with --json."""
+    return json.loads(shown(relay, *arguments, "--json"))
+
+
+def test_track(relay: RelayProcess, email_id: str) -> None:
+    text = shown(relay, "track", email_id)
+    assert "user@example.com" in text
+    assert "relayed" in text
+    assert shown_json(relay, "track", email_id)["subject"] == "Grüße"
+    assert email_id in shown(relay, "track", "--group", "newcomer")
+    missing = relay.relayctl("track", "nobody")
+    assert (missing.returncode, missing.stderr) == (1, "relayctl: not found\n")
+    assert relay.relayctl("track").returncode == 2
+
+
+def test_analytics(relay: RelayProcess, email_id: str) -> None:
+    del email_id
+    assert "100.0%" in shown(relay, "analytics", "newcomer")
+    assert shown_json(relay, "analytics", "newcomer")["total_sent"] == 1
+    assert relay.relayctl("analytics", "nobody").returncode == 1
+
+
+def test_inbox(relay: RelayProcess, email_id: str, tmp_path: Path) -> None:
+    (mail,) = shown_json(relay, "inbox")
+    assert mail["forward_paths"] == ["user@example.com"]
+    assert "Grüße" in shown(relay, "inbox")
+    text = shown(relay, "inbox", "1")
+    assert "It works." in text
+    assert email_id in text
+    caught = next((relay.state_dir / "caught").glob("*.eml")).read_bytes()
+    raw = subprocess.run(
+        [str(RELAYCTL), "inbox", "1", "--raw"], env=clean_environment(relay.settings), capture_output=True, check=True
+    ).stdout
+    assert raw == caught
+    shown(relay, "inbox", "1", "--html", str(tmp_path / "mail.html"))
+    assert (tmp_path / "mail.html").read_text() == "<pre>It works.</pre>"
+    assert "there is no mail 99" in relay.relayctl("inbox", "99").stderr
+
+
+SCHEMA: dict[str, Any] = {
+    "ready": bool,
+    "state_dir": str,
+    "nats": {"url": str, "connected": bool, "problem": str, "server_version": str},
+    "tracking": {"on": bool, "problem": str},
+    "smtp": {"smarthost": str, "ok": bool, "problem": str},
+    "programs": [
+        {
+            "name": str,
+            "state": str,
+            "ready": bool,
+            "pid": int,
+            "uptime_seconds": int,
+            "reason": str,
+            "figures": (dict, type(None)),
+        }
+    ],
+    "totals": dict.fromkeys(
+        ("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent", "overloaded", "dropped"), int
+    ),
+    "workers_elsewhere": int,
+}
+SEND_FIGURES: dict[str, Any] = {
+    "program": str,
+    "pid": int,
+    "host": str,
+    "stage": str,
+    "nats_server": str,
+    "in_flight": int,
+    "backlog": int,
+    **dict.fromkeys(("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent", "overloaded", "dropped"), int),
+    "last_error": str,
+    "pool": dict.fromkeys(("idle", "busy", "dialling", "waiting", "max", "connections_opened", "stale_replaced"), int),
+    "circuit": {"state": str, "reason": str},
+    "tracking": {"off_reason": str, "tracked": int, "lost": int},
+}
+
+
+def check_schema(value: Any, schema: Any, where: str = "") -> None:
+    """Fails when ``value`` lacks a field, has one more, or one of another type."""
+    if isinstance(schema, dict):
+        assert set(value) == set(schema), where
+        for name, kind in schema.items():
+            check_schema(value[name], kind, f"{where}.{name}")
+    elif isinstance(schema, list):
+        assert value, where
+        for each in value:
+            check_schema(each, schema[0], f"{where}[]")
+    else:
+        assert isinstance(value, schema), where
+
+
+def test_the_json_of_status_is_as_documented(relay: RelayProcess, email_id: str) -> None:
+    del email_id
+    status = shown_json(relay, "status")
+    check_schema(status, SCHEMA)
+    assert status["ready"]
+    assert status["totals"]["relayed"] == 1
+    figures = {each["name"]: each["figures"] for each in status["programs"]}
+    check_schema(figures["send-1"], SEND_FIGURES)
+    assert figures["nats"] is None
+    documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for name in (*SCHEMA, *SEND_FIGURES):
+        assert f"`{name}" in documented, f"docs/cli.md does not explain {name}"
+
+
+def test_status_as_text(relay: RelayProcess, email_id: str) -> None:
+    del email_id
+    text = shown(relay, "status")
+    for word in ("PROGRAM", "POOL", "send-2", "NATS", "Tracking", "SMTP", "Health"):
+        assert word in text
+
+
+def test_check(relay: RelayProcess) -> None:
+    done = relay.relayctl("check")
+    assert done.returncode == 1, "this shell has no NATS_URL, so the default is asked, and nobody is there"
+    assert "set NATS_URL" in done.stdout
+    relay.settings["NATS_URL"] = relay.nats_url
+    try:
+        assert shown(relay, "check").count("ok ") == 6
+        assert all(finding["ok"] for finding in shown_json(relay, "check"))
+    finally:
+        del relay.settings["NATS_URL"]
+
+
+def test_logs(relay: RelayProcess, email_id: str) -> None:
+    assert f"mail relayed email_id={email_id}" in shown(relay, "logs")
+    assert "ready" in shown(relay, "logs", "status")
+
+
+@pytest.mark.parametrize("arguments", [("logs", "send-1", "-f"), ("status", "--watch")])
+def test_what_stays_ends_with_ctrl_c(relay: RelayProcess, arguments: tuple[str, ...]) -> None:
+    process = subprocess.Popen(
+        [str(RELAYCTL), *arguments],
+        env=clean_environment(relay.settings),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=10)
+    assert process.returncode == 0, errors
+    assert b"send-1" in output
+    assert errors == b""
+
+
+def test_status_answers_soon_when_a_worker_hangs(relay: RelayProcess) -> None:
+    pid = relay.program("send-1").pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        status = shown_json(relay, "status")
+        assert time.monotonic() - begun < 1.5  # a second, and what starting Python costs on a busy machine
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    figures = {each["name"]: each["figures"] for each in status["programs"]}
+    assert figures["send-1"] is None
+    assert figures["send-2"] is not None
+
+
+def test_status_answers_soon_when_nats_is_down(
+    new_relay: Callable[..., RelayProcess], new_nats_server: Callable[..., NatsServer]
+) -> None:
+    server = new_nats_server()
+    relay = new_relay(nats_url=server.url)
+    relay.start()
+    server.stop()
+    time.sleep(0.5)
+    begun = time.monotonic()
+    done = relay.relayctl("status", "--json")
+    assert time.monotonic() - begun < 1.5
+    assert done.returncode == 1
+    status = json.loads(done.stdout)
+    assert not status["ready"]
+    assert status["nats"]["problem"] == "connection refused"
