@@ -19,8 +19,8 @@ $(STAMP): setup.cfg setup.py $(CONSTRAINTS)
 	if [ -z "$$python" ]; then echo 'Relay needs Python 3.11 or 3.12; install one, or say make PYTHON=/path/to/python3.12' >&2; exit 1; fi; \
 	echo "setting up $(VENV) with $$($$python --version)"; \
 	$$python -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[test,check]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) setuptools wheel
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[test,check]'
 	@touch $(STAMP)
 
 demo: $(STAMP)  ## Start everything, send three mails, show what became of them, stop everything
@@ -42,8 +42,9 @@ format: $(STAMP)  ## Format the code
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(STAMP)  ## First figures of the path against Postfix's smtp-source (needs Postfix's smtp-sink)
-	@$(BIN)/python scripts/bench.py
+bench: $(STAMP)  ## Measure the whole path beside Postfix's smtp-source (needs Postfix; options: make bench ARGS="--workers 1")
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench]'
+	@$(BIN)/python scripts/bench/run.py $(ARGS)
 
 clean:  ## Remove what was made, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,166 @@
+"""Preflight: what people meet first, provoked for real, each with its remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gevent
+import pytest
+from gevent.server import StreamServer
+
+from relay.ops.preflight import Finding, findings, old_server_problem
+from relay.settings import load_settings
+from tests.support.nats_server import NatsServer, free_port
+from tests.support.scripted_smtp import ScriptedSmtp, make_certificate, say
+
+Found = dict[str, Finding]
+Check = Callable[..., Found]
+
+
+@pytest.fixture
+def check(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Check:
+    """Runs the preflight with some settings changed; the findings by what they are about."""
+    defaults = {
+        "NATS_URL": nats_server.url,
+        "SMTP_HOST": "127.0.0.1",
+        "SMTP_PORT": "1",
+        "EMAIL_ENABLED": "true",
+        "PORT": str(free_port()),
+        "RELAY_HTTP_HOST": "127.0.0.1",
+        "RELAY_STATE_DIR": str(tmp_path / "state"),
+        "SMTP_HELO_NAME": "relay.example.org",
+    }
+
+    def run(**changed: object) -> Found:
+        for name, value in (defaults | changed).items():
+            monkeypatch.setenv(name, str(value))
+        return {finding.what: finding for finding in findings(load_settings())}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for another name than 127.0.0.1."""
+    return make_certificate(tmp_path_factory.mktemp("certificate"), "mail.example.com")
+
+
+def test_all_is_well(check: Check) -> None:
+    with ScriptedSmtp() as smtp:
+        found = check(SMTP_PORT=smtp.port)
+    assert all(finding.ok for finding in found.values()), found
+    assert list(found) == ["settings", "state directory", "port", "NATS", "JetStream", "SMTP"]
+
+
+def test_a_smarthost_that_is_not_there(check: Check) -> None:
+    finding = check()["SMTP"]
+    assert not finding.ok
+    assert "check SMTP_HOST and SMTP_PORT" in finding.detail
+
+
+def test_a_smarthost_that_refuses(check: Check) -> None:
+    with ScriptedSmtp({"banner": say("554 5.7.1 go away")}) as smtp:
+        finding = check(SMTP_PORT=smtp.port)["SMTP"]
+    assert not finding.ok
+    assert "go away" in finding.detail
+
+
+def test_a_wrong_password(check: Check) -> None:
+    with ScriptedSmtp(credentials=("relay", "right")) as smtp:
+        finding = check(SMTP_PORT=smtp.port, SMTP_USERNAME="relay", SMTP_PASSWORD="hunter2")["SMTP"]
+    assert not finding.ok
+    assert "check SMTP_USERNAME and SMTP_PASSWORD" in finding.detail
+    assert "hunter2" not in finding.detail
+
+
+def test_a_certificate_for_another_name(check: Check, certificate: tuple[Path, Path]) -> None:
+    with ScriptedSmtp(tls="starttls", certificate=certificate) as smtp:
+        finding = check(SMTP_PORT=smtp.port, SMTP_CA_FILE=certificate[0], SMTP_TLS="starttls")["SMTP"]
+    assert not finding.ok
+    assert "the certificate is for SMTP_HOST" in finding.detail
+
+
+def test_no_nats(check: Check) -> None:
+    finding = check(NATS_URL=f"nats://127.0.0.1:{free_port()}")["NATS"]
+    assert not finding.ok
+    assert "connection refused; start it, or set NATS_URL" in finding.detail
+
+
+def test_a_wrong_nats_password(check: Check, new_nats_server: Callable[..., NatsServer]) -> None:
+    server = new_nats_server(config='authorization { user: "relay", password: "right" }')
+    finding = check(NATS_URL=server.url.replace("//", "//relay:hunter2@"))["NATS"]
+    assert not finding.ok
+    assert "password was refused" in finding.detail
+    assert "hunter2" not in finding.detail
+
+
+def test_no_jetstream(check: Check, new_nats_server: Callable[..., NatsServer]) -> None:
+    finding = check(NATS_URL=new_nats_server(jetstream=False).url)["JetStream"]
+    assert (finding.ok, finding.is_warning) == (False, True)
+    assert "start it with -js" in finding.detail
+
+
+def test_no_permission_for_jetstream(check: Check, new_nats_server: Callable[..., NatsServer]) -> None:
+    user = 'user: "w", password: "w", permissions: { publish: { deny: ["$JS.>", "$KV.>"] } }'
+    server = new_nats_server(config=f"authorization {{ users: [{{ {user} }}] }}")
+    finding = check(NATS_URL=server.url.replace("//", "//w:w@"))["JetStream"]
+    assert (finding.ok, finding.is_warning) == (False, True)
+    assert "mail will go out untracked" in finding.detail
+
+
+def test_a_taken_port(check: Check) -> None:
+    port = free_port()
+    server = StreamServer(("127.0.0.1", port), lambda sock, _: sock.close())
+    server.start()
+    try:
+        finding = check(PORT=port)["port"]
+    finally:
+        server.stop()
+    assert not finding.ok
+    assert "end what listens there, or set PORT" in finding.detail
+
+
+def test_a_directory_that_cannot_be_written(check: Check, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    finding = check(RELAY_STATE_DIR=tmp_path / "file" / "state")["state directory"]
+    assert not finding.ok
+    assert "set RELAY_STATE_DIR" in finding.detail
+
+
+def test_a_misspelt_setting_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMTP_PROT", "25")
+    finding = check()["settings"]
+    assert finding.is_warning
+    assert "SMTP_PROT" in finding.detail
+
+
+@pytest.fixture
+def old_nats_server() -> Iterator[str]:
+    """The URL of what says that it is a nats-server 2.10 without JetStream."""
+
+    def serve(sock: gevent.socket.socket, _address: object) -> None:
+        sock.sendall(b'INFO {"server_id":"old","version":"2.10.29","headers":true,"max_payload":1048576}\r\n')
+        while data := sock.recv(4096):
+            if b"PING" in data:
+                sock.sendall(b"PONG\r\n")
+
+    server = StreamServer(("127.0.0.1", 0), serve)
+    server.start()
+    yield f"nats://127.0.0.1:{server.server_port}"
+    server.stop()
+
+
+def test_an_old_nats_server(check: Check, old_nats_server: str) -> None:
+    finding = check(NATS_URL=old_nats_server)["NATS version"]
+    assert not finding.ok
+    assert "nats-server 2.10.29 is older than 2.12" in finding.detail
+    assert "update the server" in finding.detail
+
+
+VERSIONS = [("2.9.1", True), ("2.11.9", True), ("2.12.0", False), ("2.15.1-beta", False), ("3.0", False), ("?", False)]
+
+
+@pytest.mark.parametrize(("version", "is_old"), VERSIONS)
+def test_versions(version: str, is_old: bool) -> None:
+    assert bool(old_server_problem(version)) == is_old
