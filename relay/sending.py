@@ -55,10 +55,13 @@ class Sending:
             sender = judge(request, self._policy)
         except SubmissionRejected as refusal:
             self.counts["refused"] += 1
+            log.debug("request refused: %s", refusal.error)
             return _refused(refusal)
         except AddressInvalid as error:
+            outcome = Outcome(State.FAILED, f"to: {error}")
             self.counts[State.FAILED] += 1
-            return _not_sent(Outcome(State.FAILED, f"to: {error}"))
+            self._note_failure(outcome, {"outcome": outcome.state.value})
+            return _not_sent(outcome)
         if sender is None:
             return self._answer_unsent()
         mail = self._compose(request, sender)
@@ -116,7 +119,7 @@ class Sending:
     def _note(self, mail: Mail, outcome: Outcome, compose_s: float, smtp_s: float, tracking_s: float) -> None:
         """Counts and logs: ids, what was said and how long each step took; never an address or content."""
         self.counts[outcome.state] += 1
-        fields = {
+        fields: dict[str, Any] = {
             "email_id": mail.email_id,
             "group_id": without_addresses(mail.group_id[:128]),
             "outcome": outcome.state.value,
@@ -127,9 +130,12 @@ class Sending:
         if outcome.state is State.RELAYED:
             log.info("mail relayed", extra=fields)
         else:
-            said = without_addresses(outcome.detail[:200])
-            self.last_error = f"{rfc3339(time.time())} {said}"
-            log.warning("mail not relayed: %s", said, extra=fields | {"reply_code": outcome.reply_code})
+            self._note_failure(outcome, fields)
+
+    def _note_failure(self, outcome: Outcome, fields: dict[str, Any]) -> None:
+        said = without_addresses(outcome.detail[:200])
+        self.last_error = f"{rfc3339(time.time())} {said}"
+        log.warning("mail not relayed: %s", said, extra=fields | {"reply_code": outcome.reply_code})
 
 
 def _refused(refusal: SubmissionRejected) -> bytes:

@@ -314,7 +314,8 @@ def apply_env_file(path: str) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the settings file {path} cannot be read: {error}") from error
     for name, value in values.items():
-        if value is not None and name not in os.environ:
+        is_set = name in os.environ if name.lower() in DOMAIN_LISTS else bool(os.environ.get(name))
+        if value is not None and not is_set:
             os.environ[name] = value
             _from_file[name] = path
 

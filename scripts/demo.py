@@ -53,7 +53,7 @@ MAILS: list[dict[str, str]] = [
     },
 ]
 
-console = Console(highlight=False, width=min(120, Console().width) if sys.stdout.isatty() else 110)
+console = Console(highlight=False, emoji=False, width=min(120, Console().width) if sys.stdout.isatty() else 110)
 
 
 class StepFailed(Exception):
@@ -116,7 +116,7 @@ async def send_all(nc: nats.NATS) -> list[dict[str, str]]:
     replies = []
     for mail in MAILS:
         reply = await ask(nc, contract.SEND_EMAIL, {**mail, "group_id": GROUP})
-        console.print(f"  {mail['subject']} → {json.dumps(reply)}", soft_wrap=True)
+        console.print(f"  {mail['subject']} → {json.dumps(reply)}", soft_wrap=True, markup=False)
         expect("the reply holds an email_id and the group", bool(reply.get("email_id")) and reply["group_id"] == GROUP)
         replies.append(reply)
     return replies
@@ -148,7 +148,7 @@ def show_head(mail: CaughtMail) -> None:
     header, _, body = mail.content.decode("utf-8").partition("\r\n\r\n")
     console.print(f"\n  [dim]MAIL FROM:<{mail.reverse_path}> RCPT TO:<{', '.join(mail.forward_paths)}>[/]")
     for line in [*header.split("\r\n"), "", *body.split("\r\n")[:6], "…"]:
-        console.print(f"  [dim]│[/] {line[:100]}", markup=True, soft_wrap=True)
+        console.print(f"  │ {line[:100]}", markup=False, soft_wrap=True)
 
 
 async def show_records(nc: nats.NATS, replies: list[dict[str, str]]) -> None:
@@ -156,7 +156,7 @@ async def show_records(nc: nats.NATS, replies: list[dict[str, str]]) -> None:
     console.print(f"\n[bold]{contract.GET_EMAIL_STATUS}[/]")
     for mail, reply in zip(MAILS, replies, strict=True):
         record = await ask(nc, contract.GET_EMAIL_STATUS, {"email_id": reply["email_id"]})
-        console.print(f"  {json.dumps(record, ensure_ascii=False)}", soft_wrap=True)
+        console.print(f"  {json.dumps(record, ensure_ascii=False)}", soft_wrap=True, markup=False)
         expect("it is the mail's", record.get("to") == mail["to"] and record.get("subject") == mail["subject"])
     group = await ask(nc, contract.GET_EMAIL_STATUS, {"group_id": GROUP})
     expect("the group has three records", isinstance(group, list) and len(group) == len(MAILS))
@@ -189,8 +189,10 @@ def main() -> int:
         relayctl(environment, "start", "--dev")
         asyncio.run(converse(nats_url, state_dir / "caught"))
         relayctl(environment, "status")
-    except (StepFailed, OSError, nats.errors.Error, subprocess.TimeoutExpired) as error:
-        failed = str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        failed = "interrupted"
+    except Exception as error:  # noqa: BLE001 - whatever a step met, everything is stopped and the step is named
+        failed = f"{type(error).__name__}: {error}" if not isinstance(error, StepFailed) else str(error)
     try:
         relayctl(environment, "stop")
     except (StepFailed, subprocess.TimeoutExpired) as error:

@@ -21,6 +21,7 @@ ONLY_IN = {
         "relay/delivery/",
         "relay/ops/process.py",
         "relay/ops/health.py",
+        "relay/ops/logs.py",
         "relay/ops/waiting.py",
         "relay/cli/fleet.py",
         "relay/tracking/storage.py",

@@ -29,6 +29,7 @@ def test_an_address(address: str, shown: str) -> None:
     [
         ("550 <someone@example.com>: Recipient rejected", "550 <som****@example.com>: Recipient rejected"),
         ("to=someone@example.com, from someone.else@example.org.", "to=som****@example.com, from som****@example.org."),
+        ('550 <"john doe"@example.com> is unknown', '550 <"jo****@example.com> is unknown'),
         ("no address at all", "no address at all"),
         ("Email address is not verified: user@example.com", "Email address is not verified: u****@example.com"),
     ],

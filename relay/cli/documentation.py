@@ -9,7 +9,9 @@ import click
 
 def reference(group: click.Group) -> str:
     """Every command with its help, arguments and options, as Markdown."""
-    parts = []
+    parts = ["Before the command:", "", "| Option | Meaning | Default |", "|---|---|---|"]
+    parts += [_row(option) for option in group.params if isinstance(option, click.Option)]
+    parts.append("")
     for name, command in group.commands.items():
         usage = " ".join(command.collect_usage_pieces(click.Context(command)))
         about, _, example = inspect.cleandoc(command.help or "").partition("Example: ")

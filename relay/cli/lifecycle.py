@@ -8,7 +8,7 @@ import time
 import click
 
 from relay.cli.status_view import reason_of, render, take_snapshot
-from relay.cli.terminal import console, current_settings, fail
+from relay.cli.terminal import console, current_settings, current_supervision, fail
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.devstack import DEFAULTS as DEV_DEFAULTS
 from relay.ops.devstack import DevStack
@@ -33,7 +33,7 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
 
     Example: relayctl start --dev
     """
-    settings = current_settings(dev=dev)
+    settings = current_settings(DEV_DEFAULTS if dev else None)
     for name in unknown_names():
         click.echo(f"warning: the setting {name} is not known and has no effect", err=True)
     try:
@@ -63,9 +63,10 @@ def stop(timeout: float | None) -> None:
 
     Example: relayctl stop
     """
-    settings = current_settings()
+    supervision = current_supervision()
     try:
-        Supervision(settings.relay_state_dir).stop(timeout or settings.drain_seconds + STOP_MARGIN_SECONDS)
+        drain_seconds = float(supervision.started().get("drain_seconds", 0))
+        supervision.stop(timeout or drain_seconds + STOP_MARGIN_SECONDS)
     except RelayError as error:
         fail(error)
     click.echo("stopped")
@@ -94,7 +95,7 @@ def _explain_failed_start(supervision: Supervision, failed: list[ProgramStatus])
     for line in supervision.last_lines(worst.name):
         click.echo(f"  {line}", err=True)
     if any(cannot_work(status) for status in failed):
-        supervision.stop(30)
+        supervision.stop(float(supervision.started().get("drain_seconds", 0)) + STOP_MARGIN_SECONDS)
         click.echo("relayctl: the relay was stopped again; mend the above and start it once more", err=True)
     else:
         click.echo("relayctl: it keeps trying; `relayctl status` shows it, `relayctl stop` ends it", err=True)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from relay import contract
 from relay.cli.request import ask, escaped_html, text_or_file
-from relay.cli.terminal import console, current_settings, fail, json_option, nats_url, print_json
+from relay.cli.terminal import console, current_settings, fail, json_option, nats_url, plain, print_json
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.catcher import CaughtMail, caught_mails
 
@@ -34,12 +34,12 @@ BAR_WIDTH = 40
 @click.option("--from-display-name", default="", help="Sender's name.")
 @click.option("--reply-to", default="", help="Reply-To address; its domain must be allowed.")
 @click.option("--group", "group_id", default="", help="Group id, for analytics.")
-@click.option("--timeout", default=35.0, show_default=True, help="Seconds to wait for the reply.")
+@click.option("--timeout", default=95.0, show_default=True, help="Seconds to wait for the reply.")
 @json_option
 def send(timeout: float, as_json_: bool, text: str, html: str, **fields: str) -> None:
     """Sends one mail through NATS, as any caller would, and shows the reply.
 
-    Exits 1 when the reply is an error.
+    Exits 1 when the reply is an error. Without a reply in time the mail may have been sent all the same.
 
     Example: relayctl send --to user@example.com --subject Hello --text 'It works.'
     """
@@ -126,12 +126,21 @@ def inbox(number: int | None, raw: bool, html_file: str | None, as_json_: bool) 
     parsed = email.message_from_bytes(mail.content, policy=email.policy.default)
     assert isinstance(parsed, EmailMessage)
     if html_file:
-        Path(html_file).write_text(_part(parsed, "html"), encoding="utf-8")
-        click.echo(f"saved to {html_file}")
+        _save_html(_part(parsed, "html"), html_file)
     elif as_json_:
         print_json(_mail_fields(mail) | {"text": _part(parsed, "plain"), "html": _part(parsed, "html")})
     else:
         _show_mail(mail, parsed)
+
+
+def _save_html(html: str, path: str) -> None:
+    if not html:
+        raise click.ClickException("that mail has no HTML part")
+    try:
+        Path(path).write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"cannot write {path}: {error.strerror}") from error
+    click.echo(f"saved to {path}")
 
 
 def _ask(nats_subject: str, request: dict[str, Any], timeout_seconds: float) -> Any:
@@ -149,7 +158,7 @@ def _exit_on_error(answer: Any) -> None:
 def _show_fields(fields: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in fields.items():
-        table.add_row(Text(name, style="bold"), Text(str(value), style="red" if name == "error" else ""))
+        table.add_row(Text(name, style="bold"), Text(plain(value), style="red" if name == "error" else ""))
     console().print(table)
 
 
@@ -175,7 +184,7 @@ def _records_table(records: list[dict[str, Any]]) -> Table:
         opened = int(record.get("open_count") or 0)
         cells = [record.get("email_id"), record.get("to"), record.get("sent_at"), _yes(record.get("delivered"))]
         cells += [str(opened or ""), _yes(record.get("failed")), record.get("subject")]
-        table.add_row(*(Text(str(cell or "")) for cell in cells))
+        table.add_row(*(Text(plain(cell or "")) for cell in cells))
     return table
 
 
@@ -186,7 +195,11 @@ def _yes(value: object) -> str:
 def _funnel(counts: dict[str, Any]) -> Table:
     total = int(counts.get("total_sent", 0))
     table = Table(
-        box=None, pad_edge=False, show_header=False, title=f"group {counts['group_id'][:80]}", title_justify="left"
+        box=None,
+        pad_edge=False,
+        show_header=False,
+        title=Text(plain(f"group {counts['group_id'][:80]}")),
+        title_justify="left",
     )
     steps = (("total_sent", "sent", "blue"), ("delivered", "delivered", "green"), ("unique_opened", "opened", "cyan"),
              ("failed", "failed", "red"))  # fmt: skip
@@ -226,7 +239,8 @@ def _list_mails(mails: list[CaughtMail], as_json_: bool) -> None:
         table.add_column(heading)
     for row in rows:
         to = ", ".join(row["forward_paths"])
-        table.add_row(str(row["number"]), row["caught_at"], Text(to), str(row["size_bytes"]), Text(row["subject"]))
+        cells = (row["number"], row["caught_at"], to, row["size_bytes"], row["subject"])
+        table.add_row(*(Text(plain(cell)) for cell in cells))
     console().print(table)
 
 
@@ -237,7 +251,7 @@ def _part(parsed: EmailMessage, kind: str) -> str:
 
 def _show_mail(mail: CaughtMail, parsed: EmailMessage) -> None:
     _show_fields({"envelope": f"{mail.reverse_path} → {', '.join(mail.forward_paths)}"} | dict(parsed.items()))
-    console().print(Panel(Text(_part(parsed, "plain").rstrip()), title="text", title_align="left"))
+    console().print(Panel(Text(plain(_part(parsed, "plain").rstrip())), title="text", title_align="left"))
     html = _part(parsed, "html")
     if html:
         click.echo(

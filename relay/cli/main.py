@@ -14,7 +14,7 @@ from relay.cli.mails import analytics, inbox, send, track
 from relay.cli.setup import check, completion, settings
 from relay.cli.terminal import fail
 from relay.cli.watching import logs, status
-from relay.errors import ConfigError
+from relay.errors import ConfigError, RelayError
 from relay.settings import apply_env_file
 
 COMMANDS = (start, stop, status, logs, send, track, analytics, inbox, check, settings, completion)
@@ -50,5 +50,10 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """The console script."""
-    cli(prog_name="relayctl")
+    """The console script. What a command did not expect, such as a missing permission, is one line too."""
+    try:
+        cli(prog_name="relayctl")
+    except RelayError as error:
+        fail(error)
+    except OSError as error:
+        fail(RelayError(f"{error.filename or 'the system'}: {error.strerror or error}"))

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay.cli.settings_text import effective, markdown_table
-from relay.cli.terminal import console, current_settings, json_option, print_json
+from relay.cli.terminal import console, current_settings, json_option, plain, print_json, settings_of_the_running_relay
 from relay.errors import EXIT_FAILED
 from relay.ops.preflight import Finding, findings
 
@@ -20,13 +20,13 @@ from relay.ops.preflight import Finding, findings
 def check(as_json_: bool) -> None:
     """Asks NATS, JetStream, the smarthost and this host whether a relay could run; says what to do where not.
 
-    Exits 1 when it could not. What it could run without is a warning.
+    Exits 1 when it could not. What it could run without is a warning. Asks about the relay that runs in the state
+    directory, where there is one. Makes the bucket and the log when they are missing, as the first worker would.
 
     Example: relayctl check
     """
     found: list[Finding] = []
-    settings = current_settings()
-    for finding in findings(settings):
+    for finding in findings(settings_of_the_running_relay()):
         found.append(finding)
         if not as_json_:
             console().print(_line(finding))
@@ -78,4 +78,4 @@ def _line(finding: Finding) -> Text:
         mark, style = "ok", "green"
     else:
         mark, style = ("warning", "yellow") if finding.is_warning else ("failed", "red")
-    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<16}", "bold"), finding.detail)
+    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<16}", "bold"), plain(finding.detail))

@@ -14,10 +14,12 @@ from rich.text import Text
 
 from relay.bus.client import without_password
 from relay.cli.fleet import Fleet, gather
+from relay.cli.terminal import plain
 from relay.ops.figures import OUTCOMES
 from relay.ops.supervision import ProgramStatus, Supervision, is_worker
 
 GOOD, BAD, WAITING = "green", "red", "yellow"
+SILENT = "runs, but does not answer: it hangs, or is starved of CPU; its log may tell"
 COUNTED = (*OUTCOMES, "overloaded", "dropped")
 
 
@@ -31,26 +33,45 @@ class Snapshot(NamedTuple):
     fleet: Fleet
 
     @property
-    def smtp_problem(self) -> str:
-        """Why mail is not going out although the workers run, '' when it is."""
-        for figures in self.fleet.here.values():
-            circuit = figures.get("circuit", {})
-            if circuit.get("state", "closed") != "closed":
-                return str(circuit.get("reason") or "the circuit is open")
-        return ""
+    def smtp_problem(self) -> str | None:
+        """Why mail cannot go out, '' when it can, None when nobody can tell."""
+        lacking = [
+            status.report.lacking["smtp"]
+            for status in self.statuses
+            if status.report and "smtp" in status.report.lacking
+        ]
+        if lacking:
+            return lacking[0]
+        circuits = [figures["circuit"] for figures in self.fleet.here.values() if "circuit" in figures]
+        for circuit in circuits:
+            if circuit["state"] != "closed":
+                return str(circuit["reason"] or "the circuit is open")
+        return "" if circuits else None
 
     @property
-    def tracking_problem(self) -> str:
-        """Why mails are not recorded, '' when they are (or nobody can tell)."""
-        for figures in self.fleet.here.values():
-            if why := figures.get("tracking", {}).get("off_reason"):
-                return str(why)
-        return next((note for each in self.statuses if each.report for note in each.report.notes.values()), "")
+    def tracking_problem(self) -> str | None:
+        """Why mails are not recorded, '' when they are, None when nobody can tell."""
+        told = [figures["tracking"]["off_reason"] for figures in self.fleet.here.values() if "tracking" in figures]
+        told += [note for each in self.statuses if each.report for note in each.report.notes.values()]
+        return next((why for why in told if why), "") if told else None
+
+    def is_silent(self, status: ProgramStatus) -> bool:
+        """Whether a worker that calls itself ready does not answer, although NATS does."""
+        return (
+            status.is_ready
+            and is_worker(status.name)
+            and not self.fleet.nats_problem
+            and status.name not in self.fleet.here
+        )
+
+    def is_ready(self, status: ProgramStatus) -> bool:
+        """Whether the program serves."""
+        return status.is_ready and not self.is_silent(status)
 
     @property
     def is_well(self) -> bool:
-        """Whether every program is ready and mail can go out."""
-        return all(status.is_ready for status in self.statuses) and not self.smtp_problem
+        """Whether every program serves and mail can go out."""
+        return all(map(self.is_ready, self.statuses)) and not self.smtp_problem
 
 
 def take_snapshot(supervision: Supervision) -> Snapshot:
@@ -73,28 +94,44 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
             "problem": snapshot.fleet.nats_problem,
             "server_version": snapshot.fleet.nats_version,
         },
-        "tracking": {"on": not snapshot.tracking_problem, "problem": snapshot.tracking_problem},
+        "tracking": {"on": _is_fine(snapshot.tracking_problem), "problem": snapshot.tracking_problem or ""},
         "smtp": {
-            "smarthost": str(snapshot.started.get("smarthost", "")),
-            "ok": not snapshot.smtp_problem,
-            "problem": snapshot.smtp_problem,
+            "smarthost": _smarthost(snapshot),
+            "ok": _is_fine(snapshot.smtp_problem),
+            "problem": snapshot.smtp_problem or "",
         },
-        "programs": [_program(status, snapshot.fleet.here.get(status.name)) for status in snapshot.statuses],
+        "programs": [_program(status, snapshot) for status in snapshot.statuses],
         "totals": totals,
         "workers_elsewhere": snapshot.fleet.elsewhere,
     }
 
 
-def _program(status: ProgramStatus, figures: dict[str, Any] | None) -> dict[str, Any]:
+def _is_fine(problem: str | None) -> bool | None:
+    return None if problem is None else not problem
+
+
+def _smarthost(snapshot: Snapshot) -> str:
+    return f"{snapshot.started.get('smtp_host', '')}:{snapshot.started.get('smtp_port', '')}"
+
+
+def _program(status: ProgramStatus, snapshot: Snapshot) -> dict[str, Any]:
     return {
         "name": status.name,
-        "state": state_of(status),
-        "ready": status.is_ready,
+        "state": _state(status, snapshot),
+        "ready": snapshot.is_ready(status),
         "pid": status.pid,
         "uptime_seconds": status.uptime_seconds,
-        "reason": reason_of(status),
-        "figures": figures,
+        "reason": _reason(status, snapshot),
+        "figures": snapshot.fleet.here.get(status.name),
     }
+
+
+def _state(status: ProgramStatus, snapshot: Snapshot) -> str:
+    return "silent" if snapshot.is_silent(status) else state_of(status)
+
+
+def _reason(status: ProgramStatus, snapshot: Snapshot) -> str:
+    return SILENT if snapshot.is_silent(status) else reason_of(status)
 
 
 def render(snapshot: Snapshot) -> RenderableType:
@@ -103,20 +140,25 @@ def render(snapshot: Snapshot) -> RenderableType:
     fleet = snapshot.fleet
     url = without_password(str(snapshot.started.get("nats_url", "")))
     parts.append(_line("NATS", fleet.nats_problem, f"{url} (server {fleet.nats_version})"))
-    parts.append(_line("Tracking", snapshot.tracking_problem, "on" if fleet.here else "unknown"))
-    smarthost = str(snapshot.started.get("smarthost", ""))
-    parts.append(_line("SMTP", f"{smarthost}: {snapshot.smtp_problem}" if snapshot.smtp_problem else "", smarthost))
+    parts.append(_line("Tracking", snapshot.tracking_problem, "on"))
+    smarthost = _smarthost(snapshot)
+    problem = snapshot.smtp_problem
+    parts.append(_line("SMTP", f"{smarthost}: {problem}" if problem else problem, smarthost))
     parts.append(_line("Health", "", f"port {snapshot.started.get('port')}; state in {snapshot.state_dir}"))
     if fleet.elsewhere:
-        parts.append(Text(f"{fleet.elsewhere} more workers of the queue group answered from elsewhere"))
+        parts.append(
+            Text(f"{fleet.elsewhere} more workers of the queue group answered: of another relay, or on another host")
+        )
     for name, figures in sorted(fleet.here.items()):
         if last := figures.get("last_error"):
-            parts.append(Text(f"last error of {name}: {last}", style=WAITING))
+            parts.append(Text(f"last error of {name}: {plain(last)}", style=WAITING))
     return Group(*parts)
 
 
-def _line(what: str, problem: str, otherwise: str) -> Text:
-    return Text.assemble((f"{what:<9}", "bold"), (f"failed: {problem}", BAD) if problem else otherwise)
+def _line(what: str, problem: str | None, otherwise: str) -> Text:
+    if problem is None:
+        return Text.assemble((f"{what:<9}", "bold"), ("unknown: no worker answers", WAITING))
+    return Text.assemble((f"{what:<9}", "bold"), (f"failed: {plain(problem)}", BAD) if problem else otherwise)
 
 
 def _table(snapshot: Snapshot) -> Table:
@@ -127,14 +169,14 @@ def _table(snapshot: Snapshot) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("NOTE", overflow="fold")
     for status in snapshot.statuses:
-        colour = GOOD if status.is_ready else WAITING if status.state in {"RUNNING", "STARTING"} else BAD
+        colour = GOOD if snapshot.is_ready(status) else WAITING if status.state in {"RUNNING", "STARTING"} else BAD
         table.add_row(
             status.name,
-            Text(state_of(status), style=colour),
+            Text(_state(status, snapshot), style=colour),
             str(status.pid or "-"),
             duration(status.uptime_seconds),
             *_figure_cells(snapshot.fleet.here.get(status.name, {})),
-            Text(reason_of(status)),
+            Text(plain(_reason(status, snapshot))),
         )
     return table
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import click
@@ -10,9 +12,10 @@ import orjson
 from rich.console import Console
 
 from relay.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, RelayError
-from relay.ops.devstack import DEFAULTS as DEV_DEFAULTS
 from relay.ops.supervision import Supervision
 from relay.settings import Settings, load_settings
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 json_option = click.option("--json", "as_json_", is_flag=True, help="Print JSON instead of text.")
 
@@ -27,12 +30,27 @@ def print_json(value: Any) -> None:
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode())
 
 
-def current_settings(*, dev: bool = False) -> Settings:
-    """The settings of this environment; exits 78 when they are wrong."""
+def plain(text: object) -> str:
+    """What a caller wrote, as it may be shown: control characters would move the operator's cursor, or worse."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def current_settings(defaults: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this environment, ``defaults`` where it sets nothing; exits 78 when they are wrong."""
     try:
-        return load_settings(DEV_DEFAULTS if dev else {})
+        return load_settings(defaults)
     except ConfigError as error:
         fail(error)
+
+
+def settings_of_the_running_relay() -> Settings:
+    """This environment's settings, and where it sets nothing those that the relay in the state directory has."""
+    supervision = current_supervision()
+    if not supervision.is_running():
+        return current_settings()
+    started = supervision.started()
+    names = ("nats_url", "port", "smtp_host", "smtp_port", "email_enabled")
+    return current_settings({name.upper(): str(started[name]) for name in names if name in started})
 
 
 def current_supervision() -> Supervision:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,8 +16,9 @@ from rich.live import Live
 from rich.text import Text
 
 from relay.cli.status_view import as_json, render, take_snapshot
-from relay.cli.terminal import console, current_supervision, fail, json_option, print_json
+from relay.cli.terminal import console, current_supervision, fail, json_option, plain, print_json
 from relay.errors import EXIT_FAILED, RelayError
+from relay.ops.supervision import Supervision
 
 FOLLOW_SECONDS = 0.2
 LEVEL_STYLES = {"warn": "yellow", "error": "red", "debug": "dim"}
@@ -32,14 +35,13 @@ def status(as_json_: bool, watch: bool, interval: float) -> None:
 
     Example: relayctl status --watch
     """
+    if watch and as_json_:
+        raise click.UsageError("--watch shows text; leave out --json, or call it again and again")
     supervision = current_supervision()
     try:
         snapshot = take_snapshot(supervision)
         if watch:
-            with Live(render(snapshot), console=console(), auto_refresh=False) as live:
-                while True:
-                    live.update(render(take_snapshot(supervision)), refresh=True)
-                    time.sleep(max(0.2, interval))
+            _watch(supervision, interval)
     except KeyboardInterrupt:
         return
     except RelayError as error:
@@ -52,10 +54,31 @@ def status(as_json_: bool, watch: bool, interval: float) -> None:
         sys.exit(EXIT_FAILED)
 
 
+def _watch(supervision: Supervision, interval_seconds: float) -> None:
+    """Shows the status again and again, in place on a terminal, one after the other elsewhere. Ends with Ctrl-C."""
+    out = console()
+    with Live(console=out, auto_refresh=False) if out.is_terminal else contextlib.nullcontext() as live:
+        while True:
+            shown = render(take_snapshot(supervision))
+            if live is not None:
+                live.update(shown, refresh=True)
+            else:
+                out.print(shown)
+                sys.stdout.flush()
+            time.sleep(max(0.2, interval_seconds))
+
+
 @click.command()
 @click.argument("program", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on with what is logged from now on; Ctrl-C ends it.")
-@click.option("-n", "--lines", default=20, show_default=True, help="Last lines of each program to begin with.")
+@click.option(
+    "-n",
+    "--lines",
+    default=20,
+    type=click.IntRange(min=0),
+    show_default=True,
+    help="Last lines of each program to begin with.",
+)
 @click.option("--json", "as_json_", is_flag=True, help="Print the lines as they are logged instead of as text.")
 def logs(program: str | None, follow: bool, lines: int, as_json_: bool) -> None:
     """Shows the programs' logs, or one PROGRAM's.
@@ -70,15 +93,15 @@ def logs(program: str | None, follow: bool, lines: int, as_json_: bool) -> None:
     if missing or not paths:
         known = ", ".join(sorted(path.stem for path in directory.glob("*.log"))) or "none"
         raise click.ClickException(f"there is no log of {program or 'any program'} in {directory} (there are: {known})")
-    first = [(path.stem, line) for path in paths for line in _last_lines(path, lines)]
-    for name, line in sorted(first, key=lambda pair: _time_of(pair[1])):
-        _print_line(name, line, as_json_)
-    if follow:
-        try:
+    try:
+        first = [(path.stem, line) for path in paths for line in _last_lines(path, lines)]
+        for name, line in sorted(first, key=lambda pair: _time_of(pair[1])):
+            _print_line(name, line, as_json_)
+        if follow:
             for name, line in _follow(paths):
                 _print_line(name, line, as_json_)
-        except KeyboardInterrupt:
-            return
+    except KeyboardInterrupt:
+        return
 
 
 def _last_lines(path: Path, count: int) -> list[str]:
@@ -91,14 +114,14 @@ def _follow(paths: list[Path]) -> Iterator[tuple[str, str]]:
     while True:
         for path, (inode, offset) in places.items():
             try:
-                found = path.stat()
-            except OSError:
+                with path.open("rb") as file:
+                    found = os.fstat(file.fileno())
+                    if found.st_ino != inode or found.st_size < offset:
+                        offset = 0
+                    file.seek(offset)
+                    whole = file.read()
+            except FileNotFoundError:  # between the two steps of a rotation
                 continue
-            if found.st_ino != inode or found.st_size < offset:
-                offset = 0
-            with path.open("rb") as file:
-                file.seek(offset)
-                whole = file.read()
             whole = whole[: whole.rfind(b"\n") + 1]
             places[path] = (found.st_ino, offset + len(whole))
             for line in whole.decode("utf-8", "replace").splitlines():
@@ -121,14 +144,17 @@ def _time_of(line: str) -> str:
 def _print_line(name: str, line: str, as_json_: bool) -> None:
     fields = {} if as_json_ else _parsed(line)
     if not fields:
-        click.echo(line if as_json_ else f"{name:<10} {line}")
+        click.echo(line if as_json_ else f"{name:<10} {plain(line)}")
+        sys.stdout.flush()
         return
     when, level, said = (str(fields.pop(key, "")) for key in ("time", "level", "msg"))
     program = str(fields.pop("program", name))
     traceback = fields.pop("traceback", "")
     rest = "".join(f" {key}={value}" for key, value in fields.items())
-    text = Text.assemble(f"{when[:23].replace('T', ' ')} {program:<10} {level:<5} {said}", (rest, "dim"))
+    head = f"{when[:23].replace('T', ' ')} {program:<10} {level:<5} {said}"
+    text = Text.assemble(plain(head), (plain(rest), "dim"))
     text.style = LEVEL_STYLES.get(level, "")
     console().print(text, soft_wrap=True)
+    sys.stdout.flush()
     if traceback:
         click.echo(str(traceback))

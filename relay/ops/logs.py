@@ -5,12 +5,14 @@ supervisord keeps and rotates what each program writes. No addresses, no content
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+from gevent import get_hub
 
 from relay.settings import Settings
 
@@ -29,12 +31,36 @@ def start_logging(settings: Settings, program: str) -> None:
     )
     # No line shows them, and asking for the thread makes a Thread object for every greenlet.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    handler = logging.StreamHandler(sys.stdout)
+    if not settings.log_add_source:
+        logging._srcfile = None  # the documented way not to look for the caller of each line
+    handler = _BatchHandler()
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("relay").setLevel(LEVELS[settings.log_level])
+
+
+class _BatchHandler(logging.Handler):
+    """Writes the lines of one turn of the event loop at once; an error, and what is left at the end, immediately."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record))
+        if record.levelno >= logging.ERROR:
+            self.flush()
+        elif len(self._lines) == 1:
+            get_hub().loop.run_callback(self.flush)
+
+    def flush(self) -> None:
+        if self._lines:
+            lines, self._lines = self._lines, []
+            with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+                sys.stdout.write("\n".join(lines) + "\n")
+                sys.stdout.flush()
 
 
 def _fields(record: logging.LogRecord, add_source: bool) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Report(NamedTuple):
     """It goes on trying, but whoever started it should be told that it failed."""
     exit_code: int
     """With which it ended by its own decision; 0 while it runs."""
+    lacking: dict[str, str]
+    """The parts of ``reason`` by what is missing: ``nats``, ``smtp``, ``start``."""
     notes: dict[str, str]
     """What does not stop it from serving, e.g. ``tracking``: why it is off."""
 
@@ -103,6 +105,7 @@ class Presence:
             "reason": "; ".join(self._lacking.values()),
             "has_given_up": bool(self._given_up),
             "exit_code": self._exit_code,
+            "lacking": self._lacking,
             "notes": self._notes,
         }
         partial = self._path.with_suffix(".partial")
@@ -135,6 +138,7 @@ def read_presence(state_dir: Path, program: str, pid: int) -> Report | None:
             str(told["reason"]),
             bool(told["has_given_up"]),
             int(told["exit_code"]),
+            dict(told["lacking"]),
             dict(told["notes"]),
         )
     except (OSError, ValueError, KeyError, TypeError):

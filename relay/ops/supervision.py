@@ -33,8 +33,9 @@ from relay.ops.process import SHUTDOWN_MARGIN_SECONDS
 from relay.settings import Settings
 
 LOG_MAX_BYTES = "10MB"
-RPC_SECONDS = 3.0
+RPC_SECONDS = 2.0
 WATCH_SECONDS = 0.5
+PIPE_BYTES = select.PIPE_BUF
 MAX_SOCKET_PATH_BYTES = 107
 UNFIT_CHARACTERS = frozenset('%;#"\\\r\n')
 """What supervisord's and nats-server's files would expand, cut off or end at."""
@@ -238,7 +239,10 @@ class Supervision:
         told = {
             "nats_url": settings.nats_url,
             "port": settings.port,
-            "smarthost": f"{settings.smtp_host}:{settings.smtp_port}",
+            "smtp_host": settings.smtp_host,
+            "smtp_port": settings.smtp_port,
+            "email_enabled": settings.email_enabled,
+            "drain_seconds": settings.drain_seconds,
             "programs": {program.name: program.port for program in listed},
         }
         self._started.touch(mode=0o600)
@@ -246,7 +250,7 @@ class Supervision:
 
     # -- ask -------------------------------------------------------------------------------
     def started(self) -> dict[str, Any]:
-        """How it was started: ``nats_url``, ``port``, ``smarthost``, ``programs``; {} when it never was."""
+        """How it was started: some settings by name, and ``programs`` with their ports; {} when it never was."""
         try:
             told = orjson.loads(self._started.read_bytes())
         except (OSError, orjson.JSONDecodeError):
@@ -315,10 +319,11 @@ class Supervision:
         """
         deadline = time.monotonic() + timeout_seconds
         try:
-            pid = int(self._call("getPID"))
+            pids = {"supervisord": self._pid()}
             self.begin_draining()
             self._call("shutdown")
-            pids = {"supervisord": pid}
+        except xmlrpc.client.Fault:  # it is shutting down already; a second SIGTERM would cut what is in flight
+            pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text())}
         except (OSError, xmlrpc.client.Error) as error:
             pids = self.orphans()
             if not pids:
@@ -329,6 +334,9 @@ class Supervision:
             if time.monotonic() > deadline:
                 raise SupervisionError(f"still running after {timeout_seconds:g} s: {_listed(left)}")
             time.sleep(0.05)
+
+    def _pid(self) -> int:
+        return int(self._call("getPID"))
 
     def begin_draining(self) -> None:
         """Asks all workers to stop at once; supervisord by itself would ask one after the other is gone."""
@@ -367,15 +375,15 @@ class Supervision:
 
 
 def _pass_on(reader: int, timeout_seconds: float) -> None:
-    """Copies what arrives within the time to standard output; drops it where that is closed or full for ever."""
+    """Copies what arrives in time to standard output; drops what nobody there takes: mail must not wait for it."""
     deadline = time.monotonic() + timeout_seconds
     while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        chunk = os.read(reader, 65536)
-        if not chunk:
+        chunk = os.read(reader, PIPE_BYTES)
+        with contextlib.suppress(OSError, ValueError):
+            if select.select([], [1], [], max(0.0, deadline - time.monotonic()))[1]:
+                os.write(1, chunk)  # at most PIPE_BYTES, which a pipe that takes any takes whole
+        if not chunk or time.monotonic() >= deadline:
             return
-        with contextlib.suppress(OSError):
-            while chunk:
-                chunk = chunk[os.write(1, chunk) :]
 
 
 def _working_directory(otherwise: Path) -> Path:

@@ -66,7 +66,14 @@ def find(program: str) -> str:
 class Stack:
     """nats-server, smtp-sink and the workers, each ended by pid."""
 
-    def __init__(self, directory: Path, workers: int, tracked: bool) -> None:
+    def __init__(self, directory: Path) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._directory = directory
+        self._log = (directory / "log").open("ab")
+
+    def start(self, workers: int, tracked: bool) -> None:
+        """Starts everything and returns when the workers are ready; ``SystemExit`` when they are not."""
+        directory = self._directory
         self.nats_port, self.smtp_port = free_port(), free_port()
         config = directory / "nats.conf"
         jetstream = f'jetstream {{ store_dir: "{directory}/js" }}' if tracked else ""
@@ -74,8 +81,6 @@ class Stack:
         sink = [find("smtp-sink")]
         if os.geteuid() == 0:
             sink += ["-u", "postfix"]
-        self.processes: list[subprocess.Popen[bytes]] = []
-        self._log = (directory / "log").open("ab")
         self.nats = self._start([nats_server_binary(), "-c", str(config)])
         self.sink = self._start([*sink, f"127.0.0.1:{self.smtp_port}", "1000"])
         wait_for_port(self.nats_port)
@@ -93,7 +98,9 @@ class Stack:
         deadline = time.monotonic() + 30
         while not all(b'"ready"' in _read(directory / "run" / f"{name}.json") for name in names):
             if time.monotonic() > deadline:
-                raise SystemExit(f"the workers are not ready; see {directory / 'log'}")
+                raise SystemExit(
+                    f"the workers are not ready:\n{_read(directory / 'log').decode(errors='replace')[-2000:]}"
+                )
             time.sleep(0.05)
 
     def _start(self, command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:

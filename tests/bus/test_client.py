@@ -181,8 +181,10 @@ def test_a_wrong_password_is_said_in_words(new_nats_server: NewServer) -> None:
         bus.close()
 
 
-def test_a_url_is_shown_without_its_password() -> None:
-    assert without_password("nats://relay:secret@nats.example.com:4222") == "nats://nats.example.com:4222"
+@pytest.mark.parametrize("secret", ["relay:secret", "relay:se@cret", "relay:1/secret", "token"])
+def test_a_url_is_shown_without_its_password(secret: str) -> None:
+    url = f"nats://{secret}@a.example.com:4222,nats://{secret}@b.example.com"
+    assert without_password(url) == "nats://a.example.com:4222,nats://b.example.com"
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_the_foreground_ends_when_a_program_can_never_work(code: int, retries: i
                 "reason": "port taken",
                 "has_given_up": True,
                 "exit_code": 78,
+                "lacking": {},
                 "notes": {},
             }
             (directory / "run" / "broken.json").write_text(json.dumps(told))
