@@ -27,17 +27,18 @@ LABEL_LIMIT_BYTES: Final = 63
 PATH_LIMIT_BYTES: Final = 254  # RFC 5321 §4.5.3.1.3: 256 with the angle brackets
 TEXT_LIMIT_CHARACTERS: Final = 10_000  # name and comments included: a payload full of '(' must not cost half a second
 
+# No possessive quantifiers: CPython before 3.11.5 matches `(?:...)*+` wrongly. None is needed, no two parts overlap.
 _ATEXT: Final = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
-_PLAIN: Final = re.compile(rf"([{_ATEXT}]++(?:\.[{_ATEXT}]++)*+)@((?:[A-Za-z0-9_-]{{1,63}}\.)*[A-Za-z0-9_-]{{1,63}})")
+_PLAIN: Final = re.compile(rf"([{_ATEXT}]+(?:\.[{_ATEXT}]+)*)@((?:[A-Za-z0-9_-]{{1,63}}\.)*[A-Za-z0-9_-]{{1,63}})")
 _SPACE: Final = re.compile(r"[ \t]*")
 _ATOM: Final = re.compile(rf"[{_ATEXT}.\x80-\U0010ffff]+")
-_DOT_ATOM: Final = re.compile(rf"[{_ATEXT}\x80-\U0010ffff]++(?:\.[{_ATEXT}\x80-\U0010ffff]++)*+")
-_QUOTED_STRING: Final = re.compile(r'"((?:[^\x00-\x08\x0a-\x1f\x7f"\\]|\\[^\x00-\x08\x0a-\x1f\x7f])*+)"')
+_DOT_ATOM: Final = re.compile(rf"[{_ATEXT}\x80-\U0010ffff]+(?:\.[{_ATEXT}\x80-\U0010ffff]+)*")
+_QUOTED_STRING: Final = re.compile(r'"((?:[^\x00-\x08\x0a-\x1f\x7f"\\]|\\[^\x00-\x08\x0a-\x1f\x7f])*)"')
 _QUOTED_PAIR: Final = re.compile(r"\\(.)")
 _DOMAIN_LITERAL: Final = re.compile(r"\[([^\x00-\x20\x7f\[\]\\]*)\]")
 _COMMENT_MARK: Final = re.compile(r"[()\\]")
 _ENCODED_WORD: Final = re.compile(r"=\?([^?]+)\?([bBqQ])\?([^?]*)\?=")
-_Q_TEXT: Final = re.compile(r"(?:[ -<>-~]|=[0-9A-Fa-f]{2})*+")
+_Q_TEXT: Final = re.compile(r"(?:[ -<>-~]|=[0-9A-Fa-f]{2})*")
 # C0, DEL and C1 controls, the two separators that some software takes for a line end, and halves of surrogate pairs.
 _NEVER_IN_LOCAL_PART: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ASCII_DOMAIN: Final = re.compile(rf"[{_ATEXT}.]+")
