@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -310,10 +310,14 @@ def apply_env_file(path: str) -> None:
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = dotenv_values(stream=file, interpolate=False)
+            bindings = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the settings file {path} cannot be read: {error}") from error
-    for name, value in values.items():
+    for name, value, original, is_broken in bindings:
+        if is_broken:
+            raise ConfigError(f"{path} line {original.line} is not NAME=value: {original.string.strip()[:60]!r}")
+        if name is None:
+            continue
         is_set = name in os.environ if name.lower() in DOMAIN_LISTS else bool(os.environ.get(name))
         if value is not None and not is_set:
             os.environ[name] = value

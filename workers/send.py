@@ -52,6 +52,8 @@ class SendWorker:
         self._tracker.start()
         if self._context.settings.email_enabled:
             wait_for_smarthost(self._context, self._config)
+        else:
+            self._context.presence.note("sending", "no mail is sent: EMAIL_ENABLED is false")
         if not self._context.stop.is_set():
             self._service.start()
 

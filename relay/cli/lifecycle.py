@@ -33,9 +33,9 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
 
     Example: relayctl start --dev
     """
-    settings = current_settings(DEV_DEFAULTS if dev else None)
     for name in unknown_names():
         click.echo(f"warning: the setting {name} is not known and has no effect", err=True)
+    settings = current_settings(DEV_DEFAULTS if dev else None)
     try:
         stack = DevStack(settings) if dev else None
         supervision = Supervision(settings.relay_state_dir)

@@ -51,6 +51,8 @@ def send(timeout: float, as_json_: bool, text: str, html: str, **fields: str) ->
         print_json(reply)
     else:
         _show_fields(reply)
+    if reply.get("email_id") == "":
+        click.echo("nothing was sent: EMAIL_ENABLED is false, or SMTP_ALLOWED_RECIPIENT_DOMAINS filters it", err=True)
     _exit_on_error(reply)
 
 
@@ -74,7 +76,7 @@ def track(email_id: str | None, group_id: str, as_json_: bool) -> None:
     elif isinstance(answer, list):
         console().print(_records_table(answer))
     elif "error" in answer:
-        click.echo(f"relayctl: {answer['error']}", err=True)
+        click.echo(f"relayctl: mail {plain(email_id)}: {answer['error']}", err=True)
     else:
         _show_record(answer)
     _exit_on_error(answer)
@@ -94,7 +96,7 @@ def analytics(group_id: str, as_json_: bool) -> None:
     if as_json_:
         print_json(counts)
     elif "error" in counts:
-        click.echo(f"relayctl: {counts['error']}", err=True)
+        click.echo(f"relayctl: group {plain(group_id)}: {counts['error']}", err=True)
     else:
         console().print(_funnel(counts))
     _exit_on_error(counts)

@@ -6,6 +6,8 @@ understood; 78 the settings are wrong. ``docs/cli.md`` is made from what stands 
 
 from __future__ import annotations
 
+import logging
+
 import click
 
 from relay import __version__
@@ -51,6 +53,7 @@ for command in COMMANDS:
 
 def main() -> None:
     """The console script. What a command did not expect, such as a missing permission, is one line too."""
+    logging.getLogger("relay").addHandler(logging.NullHandler())  # what matters of it, the commands say themselves
     try:
         cli(prog_name="relayctl")
     except RelayError as error:

@@ -52,7 +52,7 @@ class Snapshot(NamedTuple):
     def tracking_problem(self) -> str | None:
         """Why mails are not recorded, '' when they are, None when nobody can tell."""
         told = [figures["tracking"]["off_reason"] for figures in self.fleet.here.values() if "tracking" in figures]
-        told += [note for each in self.statuses if each.report for note in each.report.notes.values()]
+        told += [each.report.notes.get("tracking", "") for each in self.statuses if each.report]
         return next((why for why in told if why), "") if told else None
 
     def is_silent(self, status: ProgramStatus) -> bool:

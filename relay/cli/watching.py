@@ -31,7 +31,8 @@ LEVEL_STYLES = {"warn": "yellow", "error": "red", "debug": "dim"}
 def status(as_json_: bool, watch: bool, interval: float) -> None:
     """Shows every program: state, work in hand, pool, outcomes, last error.
 
-    Exits 1 when something is not running, not ready, or mail cannot go out.
+    POOL counts connections: idle/busy/dialling/most allowed. Exits 1 when something is not running, not ready, or mail
+    cannot go out.
 
     Example: relayctl status --watch
     """
@@ -98,6 +99,8 @@ def logs(program: str | None, follow: bool, lines: int, as_json_: bool) -> None:
         for name, line in sorted(first, key=lambda pair: _time_of(pair[1])):
             _print_line(name, line, as_json_)
         if follow:
+            if not current_supervision().is_running():
+                click.echo(f"no relay runs in {directory.parent}; waiting for what it will log", err=True)
             for name, line in _follow(paths):
                 _print_line(name, line, as_json_)
     except KeyboardInterrupt:

@@ -111,6 +111,14 @@ def test_settings_as_markdown(runner: CliRunner) -> None:
     assert runner.invoke(cli, ["settings", "--markdown"]).stdout in (ROOT / "README.md").read_text()
 
 
+def test_a_settings_file_with_a_broken_line(runner: CliRunner, tmp_path: Path) -> None:
+    file = tmp_path / "relay.env"
+    file.write_text("# a comment\nSMTP_HOST=a.example.com\nRELAY_STATE_DIR /tmp/x\n")
+    shown = runner.invoke(cli, ["--env-file", str(file), "settings"])
+    assert shown.exit_code == 78
+    assert "line 3 is not NAME=value: 'RELAY_STATE_DIR /tmp/x'" in shown.stderr
+
+
 def test_a_settings_file_that_is_not_there(runner: CliRunner) -> None:
     shown = runner.invoke(cli, ["--env-file", "/no/such/file", "settings"])
     assert shown.exit_code == 78

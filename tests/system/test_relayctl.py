@@ -62,7 +62,7 @@ def test_track(relay: RelayProcess, email_id: str) -> None:
     assert shown_json(relay, "track", email_id)["subject"] == "Grüße"
     assert email_id in shown(relay, "track", "--group", "newcomer")
     missing = relay.relayctl("track", "nobody")
-    assert (missing.returncode, missing.stderr) == (1, "relayctl: not found\n")
+    assert (missing.returncode, missing.stderr) == (1, "relayctl: mail nobody: not found\n")
     assert relay.relayctl("track").returncode == 2
 
 
