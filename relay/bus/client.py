@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import random
 import re
 import secrets
@@ -35,6 +34,7 @@ from nats.aio.msg import Msg as NatsMsg
 from nats.aio.subscription import Subscription
 
 from relay.bus.bridge import Bridge
+from relay.bus.nats_client import PASSWORD_REFUSED, TamedClient, in_words, is_hangup
 from relay.errors import BusRefused, BusUnavailable
 
 log = logging.getLogger("relay.bus")
@@ -47,8 +47,6 @@ PING_INTERVAL_SECONDS = 10
 
 CONNECT_TIMEOUT_SECONDS = 5
 WATCH_SECONDS = 1.0
-
-PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
 
 _VIOLATION = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 _TOKENS = re.compile(r"[^\x00-\x20\x7f.*>]+(?:\.[^\x00-\x20\x7f.*>]+)*")
@@ -126,33 +124,6 @@ class _One:
         self._answers.put(self._index, error)
 
 
-# The server ends a token of a control line at a space or a tab only. nats-py ends it at any white space, and takes a
-# reply subject with a vertical tab or a form feed, which any caller may send, for a broken protocol: it disconnects.
-_TOKEN, _GAP = rb"([^ \t\r\n]+)", rb"[ \t]+"
-nats.protocol.parser.MSG_RE = re.compile(
-    rb"\AMSG" + _GAP + _TOKEN + _GAP + _TOKEN + _GAP + rb"(" + _TOKEN + _GAP + rb")?(\d+)\r\n"
-)
-nats.protocol.parser.HMSG_RE = re.compile(
-    rb"\AHMSG" + _GAP + _TOKEN + _GAP + _TOKEN + _GAP + rb"(" + _TOKEN + _GAP + rb")?(\d+)" + _GAP + rb"(\d+)\r\n"
-)
-
-
-class _Client(Client):
-    """nats-py's client, but one message that cannot be decoded costs only itself.
-
-    nats-py decodes reply subjects and headers strictly, outside any handler: a caller who sends a byte that is no
-    UTF-8 ends its read loop, and the client stays "connected" and deaf until pings are missed.
-    """
-
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        try:
-            await super()._process_msg(sid, subject, reply, data, headers)
-        except (OSError, nats.errors.Error):
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary of one message, whatever is in it
-            log.warning("dropped a message on %.100r that cannot be decoded: %s", subject, error)
-
-
 class Subscribed(NamedTuple):
     """What is subscribed to, kept so that a new client can take over."""
 
@@ -180,7 +151,7 @@ class Bus:
         self._on_change = on_change
         self._on_death = on_death
         self._bridge = Bridge()
-        self._nc: Client = _Client()
+        self._nc: Client = TamedClient()
         self._outbox: deque[tuple[Publication, str, Collector | None]] = deque()
         self._outbox_filled: asyncio.Event | None = None
         self._is_flagged = False
@@ -247,7 +218,7 @@ class Bus:
             try:
                 await self._connect(closed)
             except (OSError, nats.errors.Error) as error:
-                self._changed(False, _in_words(error))
+                self._changed(False, in_words(error))
                 await self._abandon()
                 await asyncio.sleep(self._reconnect_wait_seconds)
                 continue
@@ -266,7 +237,7 @@ class Bus:
 
     async def _connect(self, closed: asyncio.Event) -> None:
         """Connects a new client, for as long as it takes, and gives it all subscriptions."""
-        nc = self._nc = _Client()
+        nc = self._nc = TamedClient()
 
         async def on_closed() -> None:
             closed.set()
@@ -279,11 +250,11 @@ class Bus:
 
         async def on_error(error: Exception) -> None:
             if nc.is_connected:
-                self.last_error = _in_words(error)
+                self.last_error = in_words(error)
                 log.warning("NATS: %s", self.last_error)
                 self._denied(self.last_error)
-            elif not (self.last_error == PASSWORD_REFUSED and _is_hangup(error)):
-                self._changed(False, _in_words(error))
+            elif not (self.last_error == PASSWORD_REFUSED and is_hangup(error)):
+                self._changed(False, in_words(error))
 
         await nc.connect(
             servers=list(self._servers),
@@ -378,7 +349,7 @@ class Bus:
         try:
             self._bridge.call(barrier(), timeout_seconds)
         except (OSError, nats.errors.Error, TimeoutError) as error:
-            raise BusUnavailable(f"NATS did not confirm: {_in_words(error)}") from error
+            raise BusUnavailable(f"NATS did not confirm: {in_words(error)}") from error
 
     # -- serve -----------------------------------------------------------------------------
     def subscribe(self, nats_subject: str, queue_group: str, handler: Callable[[Msg], None]) -> int:
@@ -402,7 +373,7 @@ class Bus:
         try:
             self._bridge.call(begin(), CONNECT_TIMEOUT_SECONDS + 1)
         except (OSError, nats.errors.Error, BusUnavailable, TimeoutError) as error:
-            log.warning("subscribing to %s takes effect with the next connection: %s", nats_subject, _in_words(error))
+            log.warning("subscribing to %s takes effect with the next connection: %s", nats_subject, in_words(error))
         return token
 
     async def _subscribe(self, wanted: Subscribed) -> Subscription:
@@ -432,7 +403,7 @@ class Bus:
         try:
             self._bridge.call(drain(), timeout_seconds)
         except (OSError, nats.errors.Error, BusUnavailable, TimeoutError) as error:
-            log.warning("ending a subscription: %s", _in_words(error))
+            log.warning("ending a subscription: %s", in_words(error))
             self._bridge.post(lambda: self._nc._remove_sub(subscription._id))
 
     # -- publish ---------------------------------------------------------------------------
@@ -520,7 +491,7 @@ class Bus:
                 except BusRefused as error:
                     self._not_sent(publication, collector, error)
                 except (OSError, nats.errors.Error) as error:
-                    self._not_sent(publication, collector, BusUnavailable(f"NATS: {_in_words(error)}"))
+                    self._not_sent(publication, collector, BusUnavailable(f"NATS: {in_words(error)}"))
 
     def _check_size(self, publication: Publication) -> None:
         size_bytes = len(publication.payload)
@@ -542,27 +513,6 @@ class Bus:
 
 
 _NO_HEADERS: Mapping[str, str] = {}
-
-
-def _in_words(error: BaseException) -> str:
-    """One line for an error of nats-py or the operating system; several have an empty ``str``."""
-    if isinstance(error, TimeoutError):
-        return "timed out"
-    if isinstance(error, nats.errors.OutboundBufferLimitError | nats.errors.ConnectionClosedError):
-        return "not connected"
-    if isinstance(error, nats.errors.AuthorizationError) or "authorization violation" in str(error).lower():
-        return PASSWORD_REFUSED
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno).lower()
-    text = str(error).removeprefix("nats: ").strip().strip("'")
-    return text or type(error).__name__
-
-
-def _is_hangup(error: Exception) -> bool:
-    """Whether it only says that the server hung up, as it does after a refusal that was already told."""
-    if isinstance(error, ConnectionRefusedError):
-        return False
-    return isinstance(error, ConnectionError | nats.errors.UnexpectedEOF)
 
 
 def without_password(url: str) -> str:
