@@ -75,7 +75,7 @@ class Snapshot(NamedTuple):
 
 
 def take_snapshot(supervision: Supervision) -> Snapshot:
-    """The relay now; takes less than a second. Raises ``SupervisionError`` when none runs."""
+    """The relay now. Raises ``SupervisionError`` when none runs, or its supervisord does not answer within 2 s."""
     statuses = supervision.statuses()
     started = supervision.started()
     workers = [(status.name, status.pid) for status in statuses if status.report is not None and is_worker(status.name)]

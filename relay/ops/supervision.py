@@ -319,7 +319,7 @@ class Supervision:
         """
         deadline = time.monotonic() + timeout_seconds
         try:
-            pids = {"supervisord": self._pid()}
+            pids = {"supervisord": int(self._call("getPID"))}
             self.begin_draining()
             self._call("shutdown")
         except xmlrpc.client.Fault:  # it is shutting down already; a second SIGTERM would cut what is in flight
@@ -334,9 +334,6 @@ class Supervision:
             if time.monotonic() > deadline:
                 raise SupervisionError(f"still running after {timeout_seconds:g} s: {_listed(left)}")
             time.sleep(0.05)
-
-    def _pid(self) -> int:
-        return int(self._call("getPID"))
 
     def begin_draining(self) -> None:
         """Asks all workers to stop at once; supervisord by itself would ask one after the other is gone."""
