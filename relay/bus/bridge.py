@@ -44,7 +44,12 @@ class Bridge:
             self._loop.close()
 
     def post(self, work: Callable[[], object]) -> None:
-        """Has the loop call ``work`` soon; it must not block and not raise. Never switches greenlets."""
+        """Has the loop call ``work`` soon; it must not block and not raise. Never switches greenlets.
+
+        After ``stop`` nothing is called any more.
+        """
+        if self._loop.is_closed():
+            return
         self._posted.append(work)
         if not self._is_woken:
             self._is_woken = True
@@ -58,8 +63,11 @@ class Bridge:
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_seconds: float) -> T:
         """Runs ``coroutine`` in the loop and blocks this greenlet for its result.
 
-        Raises what it raises; ``BusUnavailable`` when it took longer (it is then cancelled).
+        Raises what it raises; ``BusUnavailable`` when it took longer (it is then cancelled), and after ``stop``.
         """
+        if self._loop.is_closed():
+            coroutine.close()
+            raise BusUnavailable("the connection to NATS was closed")
         result: AsyncResult = AsyncResult()
         task: asyncio.Task[T] | None = None
 
@@ -78,10 +86,13 @@ class Bridge:
 
         self.post(begin)
         try:
-            value: T = result.get(timeout=timeout_seconds)
-        except gevent.Timeout:
-            self.post(lambda: task.cancel() if task else None)
-            raise BusUnavailable(f"NATS did not answer within {timeout_seconds:g} s") from None
+            result.wait(timeout=timeout_seconds)
+        finally:  # also when the greenlet is killed, or a Timeout of its caller's strikes
+            if not result.ready():
+                self.post(lambda: task.cancel() if task else None)
+        if not result.ready():
+            raise BusUnavailable(f"NATS did not answer within {timeout_seconds:g} s")
+        value: T = result.get(block=False)
         return value
 
     def stop(self, timeout_seconds: float = 2.0) -> None:

@@ -1,6 +1,6 @@
 """nats-py's client, made fit for callers that nobody can choose, and its errors put into words.
 
-Owns what has to be mended in the library; every mend says what it is for. The connection is ``client``'s.
+Owns what has to be mended in the library; every mend says what it is for. The connection is ``connection``'s.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import nats.protocol.parser
 from nats.aio.client import Client
 
 log = logging.getLogger("relay.bus")
+
+CONNECT_TIMEOUT_SECONDS = 5
 
 PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
 
@@ -44,6 +46,16 @@ class TamedClient(Client):
         except Exception as error:  # noqa: BLE001 - the boundary of one message, whatever is in it
             log.warning("dropped a message on %.100r that cannot be decoded: %s", subject, error)
 
+    @staticmethod
+    def _parse_header_lines(raw: bytes) -> dict[str, str]:
+        """As nats-py's, for a third of its cost: that looks at every name letter by letter, and a record has seven."""
+        found = {}
+        for line in raw.decode("utf-8", "replace").split("\r\n"):
+            name, colon, value = line.partition(":")
+            if colon and name.isascii() and len(name.split()) == 1:
+                found[name.strip()] = value.strip(" \t\r\n\v\f")
+        return found
+
 
 def in_words(error: BaseException) -> str:
     """One line for an error of nats-py or the operating system; several have an empty ``str``."""
@@ -64,3 +76,8 @@ def is_hangup(error: Exception) -> bool:
     if isinstance(error, ConnectionRefusedError):
         return False
     return isinstance(error, ConnectionError | nats.errors.UnexpectedEOF)
+
+
+def without_password(url: str) -> str:
+    """The URL, or several separated by commas, as it may be shown: user and password left out, whatever they hold."""
+    return ",".join(re.sub(r"//.*@", "//", part) for part in url.split(","))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import pytest
 
 from relay.bus.client import Bus, Msg, Publication, is_plain_subject, without_password
 from relay.errors import BusRefused, BusUnavailable
+from tests.bus.freezing import frozen
 from tests.support.nats_server import NatsServer
 
 NewBus = Callable[[str], Bus]
@@ -80,7 +79,7 @@ def test_no_answer_in_time(bus: Bus) -> None:
     bus.subscribe("client.silent", "", lambda _: None)
     with pytest.raises(BusUnavailable, match=r"0\.2 s"):
         bus.request(Publication("client.silent", b""), 0.2)
-    assert not bus._pending, "a given-up request leaves nothing behind"
+    assert not bus.waiting, "a given-up request leaves nothing behind"
 
 
 def test_headers_travel_but_the_callers_are_not_echoed(bus: Bus) -> None:
@@ -258,11 +257,7 @@ def test_a_refused_subscription_is_told(new_nats_server: NewServer) -> None:
 def test_closing_has_a_deadline_also_when_nats_is_frozen(new_nats_server: NewServer, new_bus: NewBus) -> None:
     server = new_nats_server()
     bus = new_bus(server.url)
-    assert server.process is not None
-    os.kill(server.process.pid, signal.SIGSTOP)
-    try:
+    with frozen(server):
         begun = time.monotonic()
         bus.close(1.0)
         assert time.monotonic() - begun < 2.0
-    finally:
-        os.kill(server.process.pid, signal.SIGCONT)

@@ -1,0 +1,165 @@
+"""The connection's whole life: it connects for as long as it takes, and reconnects for ever.
+
+nats-py reconnects by itself after a lost connection. A client that it closed for good (any ``-ERR`` but
+stale connection and permissions does that) is replaced here by a new one with the same subscriptions, and
+one whose reader has ended without a word is reconnected. Nothing is buffered while disconnected.
+
+Owns who is told: ``on_change`` when it comes and goes, and when NATS refuses what serving needs. Everything
+here runs in the loop, in the bus's greenlet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import re
+from collections.abc import Callable
+
+import nats.errors
+from gevent.event import Event
+from nats.aio.client import Client
+
+from relay.bus.nats_client import (
+    CONNECT_TIMEOUT_SECONDS,
+    PASSWORD_REFUSED,
+    TamedClient,
+    in_words,
+    is_hangup,
+    without_password,
+)
+from relay.bus.subscriptions import Subscriptions
+
+log = logging.getLogger("relay.bus")
+
+PING_INTERVAL_SECONDS = 10
+"""A dead peer is noticed after about three of these; nats-py's default needs 4 to 6 minutes."""
+
+WATCH_SECONDS = 1.0
+
+_VIOLATION = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
+
+
+class Connection:
+    """One connection to NATS, whichever client has it at the moment. ``stay`` is a task of the loop."""
+
+    def __init__(
+        self, url: str, name: str, subscriptions: Subscriptions, on_change: Callable[[bool, str], None] | None
+    ) -> None:
+        self._servers = [part.strip() for part in url.split(",") if part.strip()]
+        self._name = name
+        self._subscriptions = subscriptions
+        self._on_change = on_change
+        self._is_closing = False
+        self._reconnect_wait_seconds = random.uniform(0.2, 0.5)  # a fleet must not come back in one beat
+        self.nc: Client = TamedClient()
+        """nats-py's client of now; another one after a connection that was closed for good."""
+        self.connected = Event()
+        """Set while connected."""
+        self.last_error = ""
+        """Why it is not connected, or what NATS complained about last."""
+
+    async def stay(self) -> None:
+        """Connects and stays connected until ``close``."""
+        while not self._is_closing:
+            closed = asyncio.Event()
+            try:
+                await self._connect(closed)
+            except (OSError, nats.errors.Error) as error:
+                self._changed(False, in_words(error))
+                await self._abandon()
+                await asyncio.sleep(self._reconnect_wait_seconds)
+                continue
+            await self._watch(closed)
+            self._changed(False, "NATS closed the connection for good; connecting anew")
+
+    async def _connect(self, closed: asyncio.Event) -> None:
+        """Connects a new client, for as long as it takes, and gives it all subscriptions."""
+        nc = self.nc = TamedClient()
+
+        async def on_closed() -> None:
+            closed.set()
+
+        async def on_disconnected() -> None:
+            self._changed(False, "the connection to NATS was lost; reconnecting")
+
+        async def on_reconnected() -> None:
+            self._changed(True, "")
+
+        async def on_error(error: Exception) -> None:
+            if nc.is_connected:
+                self.last_error = in_words(error)
+                log.warning("NATS: %s", self.last_error)
+                self._denied(self.last_error)
+            elif not (self.last_error == PASSWORD_REFUSED and is_hangup(error)):
+                self._changed(False, in_words(error))
+
+        await nc.connect(
+            servers=list(self._servers),
+            name=self._name,
+            error_cb=on_error,
+            closed_cb=on_closed,
+            disconnected_cb=on_disconnected,
+            reconnected_cb=on_reconnected,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=self._reconnect_wait_seconds,  # type: ignore[arg-type]
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            ping_interval=PING_INTERVAL_SECONDS,
+            pending_size=0,
+            skip_subject_validation=True,  # is_plain_subject has looked at every subject that is not our own
+        )
+        await self._subscriptions.move_to(nc)
+        await asyncio.sleep(0)  # flush() writes its PING ahead of the SUBs that still wait in the client
+        await nc.flush(timeout=CONNECT_TIMEOUT_SECONDS)
+        self._changed(True, "")
+
+    async def _watch(self, closed: asyncio.Event) -> None:
+        """Returns when the client is closed for good; reconnects one whose reader has ended without a word."""
+        while not closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(closed.wait(), WATCH_SECONDS)
+            reader = self.nc._reading_task
+            if self.nc.is_connected and reader is not None and reader.done():
+                log.error("the NATS client has stopped reading; reconnecting")
+                await self.nc.force_reconnect()
+
+    async def _abandon(self) -> None:
+        try:
+            await asyncio.wait_for(self.nc.close(), 1)
+        except (OSError, nats.errors.Error, TimeoutError) as error:
+            log.debug("closing a failed NATS client: %s", error)
+
+    async def close(self) -> None:
+        """Closes for good and tells nobody."""
+        self._is_closing = True
+        self.connected.clear()
+        await self._abandon()
+
+    def _denied(self, text: str) -> None:
+        """Tells when NATS refuses what serving needs: connected, and still no request comes or no reply goes out."""
+        refused = _VIOLATION.search(text)
+        if refused is None or self._on_change is None:
+            return
+        verb, nats_subject = refused[1].lower(), refused[2]
+        if verb == "subscription":
+            if self._subscriptions.serves(nats_subject):
+                self._on_change(False, f"this user may not subscribe to {nats_subject}; grant it in NATS")
+        elif not nats_subject.startswith("$"):  # without $JS and $KV mail still goes out, untracked
+            prefix = nats_subject.partition(".")[0]
+            self._on_change(False, f"this user may not publish to {prefix}.>; grant it in NATS")
+
+    def _changed(self, is_connected: bool, why: str) -> None:
+        if self._is_closing:
+            return
+        if is_connected:
+            if not self.connected.is_set():
+                log.info("NATS connected")
+            self.connected.set()
+        else:
+            if self.connected.is_set() or why != self.last_error:
+                log.warning("NATS at %s: %s", ", ".join(map(without_password, self._servers)), why)
+            self.connected.clear()
+        self.last_error = why
+        if self._on_change is not None:
+            self._on_change(is_connected, why)
