@@ -64,6 +64,10 @@ class PoolTimeout(EgressUnavailable):
     """No connection became free before the deadline."""
 
 
+class RateTimeout(EgressUnavailable):
+    """The sending rate leaves no room before the deadline."""
+
+
 class PoolClosed(EgressUnavailable):
     """The pool is shutting down."""
 

@@ -14,7 +14,7 @@ import math
 import time
 from typing import Any, Final
 
-from gevent import get_hub, getcurrent, socket, ssl
+from gevent import Timeout, get_hub, getcurrent, socket, ssl
 
 READ_BYTES: Final = 8192
 _WAIT_FOR_READ: Final = 1
@@ -83,9 +83,11 @@ class Channel:
     def start_tls(self, context: Any, server_hostname: str, until: float) -> None:
         """Do the TLS handshake as client. Raises ``OSError`` (``ssl.SSLError``, ``TimeoutError``)."""
         self._reader.close()
-        # Set first: the handshake honours the socket's own timeout.
-        self._sock.settimeout(max(0.001, until - time.monotonic()))
-        self._sock = context.wrap_socket(self._sock, server_hostname=server_hostname)
+        seconds = max(0.001, until - time.monotonic())
+        # The socket's own timeout begins anew with every byte that a peer lets trickle in.
+        self._sock.settimeout(None)
+        with Timeout(seconds, ChannelTimeout("the TLS handshake did not come to an end")):
+            self._sock = context.wrap_socket(self._sock, server_hostname=server_hostname)
         self._sock.settimeout(0.0)
         self._is_tls = True
         self._reader = self._hub.loop.io(self._sock.fileno(), _WAIT_FOR_READ)

@@ -8,7 +8,7 @@ open       nobody: everyone is deferred at once                ``begin_probe`` w
 half-open  the one probe under way                             ``close``, ``probe_failed``, ``probe_void``
 ========== =================================================== ==========================================
 
-Invariant: at most one probe is under way. ``smarthost`` makes the probes; ``trouble`` says what opens the circuit.
+Invariant: at most one probe is under way. ``guard`` makes the probes; ``trouble`` says what opens the circuit.
 """
 
 from __future__ import annotations

@@ -7,18 +7,24 @@ to HELO: a smarthost that cannot do ESMTP can do neither TLS nor AUTH.
 from __future__ import annotations
 
 import base64
+import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from gevent import Timeout, socket, ssl
 
 from relay.delivery.channel import Channel
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig, Timeouts
+from relay.delivery.hosts import Hosts
 from relay.delivery.outcome import Outcome, Phase
 from relay.delivery.reply import Extensions, Reply, ReplyBuffer, parse_extensions
 from relay.delivery.session import Session, local_failure
-from relay.delivery.trouble import LocalFailure, Trouble, classify_local, classify_reply, failed_here, refused
+from relay.delivery.trouble import LocalFailure, Remedy, Trouble, classify_local, classify_reply, failed_here, refused
 from relay.errors import AuthenticationRefused, ConfigError, ConnectFailed, EgressUnavailable, ProtocolViolation
+from relay.redaction import without_addresses
+
+log = logging.getLogger("relay.delivery")
 
 IMPLICIT_TLS_PORTS = frozenset({465, 2465})
 
@@ -41,24 +47,54 @@ class LoginRefused(OpeningFailed, AuthenticationRefused):
 
 
 class Dialler:
-    """Opens sessions to one smarthost."""
+    """Opens sessions to the first host of a smarthost that works."""
 
     def __init__(self, config: SmarthostConfig, default_sender: str = "") -> None:
         """Load the authorities, once: it costs milliseconds. Raises ``ConfigError`` for an unusable ``ca_file``."""
         self._config = config
         self._default_sender = default_sender
-        self._is_implicit_tls = config.tls == "implicit" or (config.tls == "auto" and config.port in IMPLICIT_TLS_PORTS)
         self._ssl_context = None if config.tls == "off" else _ssl_context(config)
-        self._where = f"{config.host}:{config.port}"
+        self.hosts = Hosts(config.hosts)
 
     def dial(self) -> Session:
-        """Open a session. Blocks at most for the sum of the configured limits. Raises ``OpeningFailed``."""
-        config = self._config
-        addresses = self._resolve()
-        channel = self._connect(addresses)
-        opening = _Opening(channel, config, self._where)
+        """Open a session, with the next host when one fails.
+
+        Blocks at most for the sum of the configured limits, for each host. Raises ``OpeningFailed``, whose text holds
+        what became of each.
+        """
+        return self._first_that_works(is_probe=False)
+
+    def dial_host(self, host: Host) -> Session:
+        """Open a session with this host and use it from now on, or set it aside. Raises ``OpeningFailed``."""
         try:
-            if self._is_implicit_tls:
+            session = self._dial(host)
+        except OpeningFailed as error:
+            if self.hosts.failed(host, error.outcome.detail, time.monotonic()) and len(self._config.hosts) > 1:
+                log.warning("set aside: %s", without_addresses(str(error)))
+            raise
+        if self.hosts.worked(host) and len(self._config.hosts) > 1:
+            log.info("%s is used again", host)
+        return session
+
+    def probe(self) -> Session:
+        """Open a session and see that it answers NOOP. Raises ``OpeningFailed``."""
+        return self._first_that_works(is_probe=True)
+
+    def _first_that_works(self, *, is_probe: bool) -> Session:
+        failures: dict[Host, OpeningFailed] = {}
+        for host in self.hosts.in_order():
+            try:
+                return self._ask(host, self.dial_host(host)) if is_probe else self.dial_host(host)
+            except OpeningFailed as error:
+                failures[host] = error
+        raise _together(failures)
+
+    def _dial(self, host: Host) -> Session:
+        config = self._config
+        channel = self._connect(host, self._resolve(host))
+        opening = _Opening(channel, config, host)
+        try:
+            if config.tls == "implicit" or (config.tls == "auto" and host.port in IMPLICIT_TLS_PORTS):
                 opening.start_tls(self._ssl_context)
             opening.expect(Phase.BANNER, b"")
             extensions = opening.greet()
@@ -78,9 +114,8 @@ class Dialler:
             raise
         return Session(channel, extensions, config, self._default_sender)
 
-    def probe(self) -> Session:
-        """Open a session and see that it answers NOOP. Raises ``OpeningFailed``."""
-        session = self.dial()
+    def _ask(self, host: Host, session: Session) -> Session:
+        """See that a new session answers NOOP."""
         try:
             reply = session.noop()
             if not reply.is_positive:
@@ -89,9 +124,13 @@ class Dialler:
             session.close()
             failure = local_failure(error)
             trouble = classify_local(Phase.NOOP, failure)
+            self.hosts.failed(host, f"NOOP: {error}", time.monotonic())
             raise NotConnected(
-                f"{self._where}, noop: {error}", failed_here(trouble, Phase.NOOP, failure, str(error)), trouble
+                f"{host}, noop: {error}", failed_here(trouble, Phase.NOOP, failure, str(error)), trouble
             ) from error
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def _wants_starttls(self, extensions: Extensions, channel: Channel) -> bool:
@@ -101,18 +140,17 @@ class Dialler:
         has_credentials = bool(config.username and config.password)
         return extensions.starttls or (has_credentials and not channel.is_loopback)
 
-    def _resolve(self) -> list[tuple[Any, ...]]:
-        config = self._config
+    def _resolve(self, host: Host) -> list[tuple[Any, ...]]:
         try:
-            with Timeout(config.connect_timeout_seconds, TimeoutError("no answer from the name servers")):
-                addresses: list[tuple[Any, ...]] = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)
+            with Timeout(self._config.timeouts.connect_seconds, TimeoutError("no answer from the name servers")):
+                addresses: list[tuple[Any, ...]] = socket.getaddrinfo(host.name, host.port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            raise self._unreachable(f"the name {config.host} cannot be resolved ({error})") from error
+            raise _unreachable(f"the name {host.name} cannot be resolved ({error})") from error
         return addresses
 
-    def _connect(self, addresses: list[tuple[Any, ...]]) -> Channel:
+    def _connect(self, host: Host, addresses: list[tuple[Any, ...]]) -> Channel:
         """Try the addresses in turn; each has an equal share of the time that is left."""
-        ends_at = time.monotonic() + self._config.connect_timeout_seconds
+        ends_at = time.monotonic() + self._config.timeouts.connect_seconds
         errors: list[str] = []
         for index, address in enumerate(addresses):
             now = time.monotonic()
@@ -120,27 +158,40 @@ class Dialler:
                 return Channel.connect(address, now + (ends_at - now) / (len(addresses) - index))
             except OSError as error:
                 errors.append(f"{address[4][0]}: {error.strerror or error}")
-        raise self._unreachable(f"{self._where} does not accept connections ({'; '.join(errors[:4])})")
+        raise _unreachable(f"{host} does not accept connections ({'; '.join(errors[:4])})")
 
-    def _unreachable(self, text: str) -> NotConnected:
-        trouble = classify_local(Phase.CONNECT, LocalFailure.UNREACHABLE)
-        return NotConnected(text, failed_here(trouble, Phase.CONNECT, LocalFailure.UNREACHABLE, text), trouble)
+
+def _unreachable(text: str) -> NotConnected:
+    trouble = classify_local(Phase.CONNECT, LocalFailure.UNREACHABLE)
+    return NotConnected(text, failed_here(trouble, Phase.CONNECT, LocalFailure.UNREACHABLE, text), trouble)
+
+
+def _together(failures: Mapping[Host, OpeningFailed]) -> OpeningFailed:
+    """One error for a dial that no host answered; of refused credentials, if any host refused them."""
+    errors = list(failures.values())
+    chosen = next((error for error in errors if isinstance(error, LoginRefused)), errors[0])
+    if len(errors) == 1:
+        return chosen
+    detail = "; ".join(f"{host}: {error.outcome.detail}" for host, error in failures.items())
+    is_crowded = any(error.trouble.remedy is Remedy.FEWER for error in errors)
+    trouble = chosen.trouble._replace(remedy=Remedy.FEWER) if is_crowded else chosen.trouble
+    return type(chosen)("; ".join(map(str, errors)), chosen.outcome._replace(detail=detail), trouble)
 
 
 class _Opening:
     """The dialogue on one new connection."""
 
-    def __init__(self, channel: Channel, config: SmarthostConfig, where: str) -> None:
+    def __init__(self, channel: Channel, config: SmarthostConfig, host: Host) -> None:
         self._channel = channel
         self._config = config
-        self._where = where
+        self._host = host
         self._replies = ReplyBuffer()
         self._phase = Phase.BANNER
 
     def expect(self, phase: Phase, command: bytes, code_class: int = 2) -> Reply:
         """Send ``command`` and return its reply; one of another class than ``code_class`` is a refusal."""
         self._phase = phase
-        until = time.monotonic() + self._config.command_timeout_seconds
+        until = time.monotonic() + _limit_seconds(self._config.timeouts, phase)
         self.expect_silence()
         if command:
             self._channel.write(command, until)
@@ -174,7 +225,8 @@ class _Opening:
         if not self._replies.is_empty:
             raise ProtocolViolation("bytes before the TLS handshake")
         try:
-            self._channel.start_tls(context, self._config.host, time.monotonic() + self._config.connect_timeout_seconds)
+            until = time.monotonic() + self._config.timeouts.starttls_seconds
+            self._channel.start_tls(context, self._host.name, until)
         except ssl.SSLCertVerificationError as error:
             raise self.failure(LocalFailure.TLS, error.verify_message or str(error)) from error
         except ssl.SSLError as error:
@@ -199,15 +251,27 @@ class _Opening:
         """Make the error for what happened here."""
         trouble = classify_local(self._phase, failure)
         outcome = failed_here(trouble, self._phase, failure, detail)
-        return NotConnected(f"{self._where}, {self._phase.value}: {outcome.detail}", outcome, trouble)
+        return NotConnected(f"{self._host}, {self._phase.value}: {outcome.detail}", outcome, trouble)
 
     def _refusal(self, reply: Reply) -> OpeningFailed:
         trouble = classify_reply(self._phase, reply)
         outcome = refused(trouble, self._phase, reply)
-        text = f"{self._where} refused {self._phase.value} with {reply.code} {reply.text}"
+        text = f"{self._host} refused {self._phase.value} with {reply.code} {reply.text}"
         # 4yz to AUTH says nothing about the credentials (RFC 4954 §6: 454 is a temporary failure).
         error_type = LoginRefused if self._phase is Phase.AUTH and reply.is_permanent else NotConnected
         return error_type(text, outcome, trouble)
+
+
+def _limit_seconds(timeouts: Timeouts, phase: Phase) -> float:
+    match phase:
+        case Phase.BANNER:
+            return timeouts.banner_seconds
+        case Phase.EHLO:
+            return timeouts.ehlo_seconds
+        case Phase.STARTTLS:
+            return timeouts.starttls_seconds
+        case _:
+            return timeouts.auth_seconds
 
 
 def _base64(text: str) -> bytes:

@@ -6,6 +6,7 @@ waiter that has queued longest. Taking an idle connection does not switch greenl
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class Pool:
         self._dial = dial
         self._on_dial_failed = on_dial_failed
         self._dials: set[Any] = set()
+        self._dials_to_begin = 0
+        """Spawned, and have not run yet."""
         self._tender: Any = None
         self._tend_seconds = max(0.01, min(config.idle_seconds / 4, _LONGEST_TEND_SECONDS))
         self._loop = gevent.get_hub().loop
@@ -78,13 +81,30 @@ class Pool:
         if state.is_closed:
             self._came_back.set()
 
+    def hand_back(self, session: Session) -> None:
+        """Give a connection back that was not used: it goes on growing old. Never blocks."""
+        idle_since = session.idle_since
+        self.release(session, is_reusable=True)
+        session.idle_since = idle_since
+
     def probe(self) -> bool:
         """Dial one connection although nobody waits and keep it; return whether it works. Blocks while dialling."""
         return self.state.begin_spare_dial() and self._dial_one()
 
+    def dial_aside(self, dial: Callable[[], Session]) -> bool:
+        """Have one more connection made by ``dial``, if there is a place for it; nobody is told when it fails."""
+        if not self.state.begin_spare_dial():
+            return False
+        self._spawn_dial(self._dial_spare, dial)
+        return True
+
     def hold_dials(self, seconds: float) -> None:
         """Dial nothing more for so long."""
         self.state.hold_dials(time.monotonic() + seconds)
+
+    def shrink(self) -> None:
+        """The smarthost complains about too many connections: open no more than now, for a while."""
+        self.state.shrink(time.monotonic())
 
     def refuse_waiters(self, error: EgressUnavailable) -> None:
         """End every queued ``acquire`` with ``error``."""
@@ -101,6 +121,10 @@ class Pool:
             self._loop.run_callback(waiter.switch, PoolClosed("shutting down"))
         self._closed.set()
         gevent.killall(list(self._dials), block=True, timeout=1.0)
+        # A greenlet that is killed before it runs frees nothing by itself.
+        for _ in range(self._dials_to_begin):
+            state.dial_failed()
+        self._dials_to_begin = 0
         self._close_retired()
         while state.busy or state.reserved:
             self._came_back.clear()
@@ -161,11 +185,30 @@ class Pool:
     def _start_dials(self) -> None:
         count = self.state.begin_dials(time.monotonic())
         for _ in range(count):
-            dial = gevent.spawn(self._dial_one)
-            self._dials.add(dial)
-            dial.link(self._dials.discard)
+            self._spawn_dial(self._dial_one)
         if self._tender is None and not self.state.is_closed:
             self._tender = gevent.spawn(self._tend)
+
+    def _spawn_dial(self, dial: Callable[..., object], *args: object) -> None:
+        self._dials_to_begin += 1
+        dialling = gevent.spawn(self._begin_dial, dial, *args)
+        self._dials.add(dialling)
+        dialling.link(self._dials.discard)
+
+    def _begin_dial(self, dial: Callable[..., object], *args: object) -> None:
+        self._dials_to_begin -= 1
+        dial(*args)
+
+    def _dial_spare(self, dial: Callable[[], Session]) -> None:
+        session: Session | None = None
+        try:
+            with contextlib.suppress(EgressUnavailable):
+                session = dial()
+        finally:
+            if session is None:
+                self.state.dial_failed()
+        if session is not None:
+            self._wake(self.state.dialled(session, time.monotonic()))
 
     def _dial_one(self) -> bool:
         """Turn a reserved place into a connection, or free it."""
@@ -186,7 +229,9 @@ class Pool:
     def _tend(self) -> None:
         """Retire idle connections also when there is no traffic, and dial again when a hold is over."""
         while not self._closed.wait(self._tend_seconds):
-            self.state.reap(time.monotonic())
+            now = time.monotonic()
+            self.state.reap(now)
+            self.state.grow(now)
             self._close_retired()
             if self.state.waiters:
                 self._start_dials()

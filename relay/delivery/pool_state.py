@@ -5,15 +5,18 @@ Owns the bound, the order of waiters and the retirement of connections. ``pool``
 A connection is *idle*, *reserved* (promised to a waiter that has not run yet) or *busy*; *dialling*: being opened.
 Every event below is one step without a yield, so that checking and reserving cannot be separated.
 
-Invariants: dialling + idle + reserved + busy <= size. A connection is promised to one waiter at most. While a
-waiter queues, no connection is idle.
+A smarthost that complains about too many connections gets fewer for a while: ``limit`` sinks to those that there
+are and rises again step by step.
+
+Invariants: dialling + idle + reserved + busy <= size, and no dial begins at or above ``limit``. A connection is
+promised to one waiter at most. While a waiter queues, no connection is idle.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 
 class Pooled(Protocol):
@@ -24,6 +27,11 @@ class Pooled(Protocol):
     transactions: int
 
 
+SHRUNK_SECONDS: Final = 10.0
+"""Without another dial above what lives, after the smarthost complained."""
+GROW_SECONDS: Final = 2.0
+"""From one step of a tenth of the pool to the next."""
+
 S = TypeVar("S", bound=Pooled)
 W = TypeVar("W", bound=Hashable)
 
@@ -33,6 +41,8 @@ class PoolState(Generic[S, W]):
 
     def __init__(self, size: int, idle_seconds: float, max_age_seconds: float, max_messages: int) -> None:
         self.size = size
+        self.limit = size
+        """How many may be open now: ``size``, or fewer while the smarthost wants it so."""
         self.dialling = 0
         self.idle: list[S] = []
         """The one used last is at the end and goes first, so that the others can grow old and be retired."""
@@ -47,6 +57,7 @@ class PoolState(Generic[S, W]):
         self._max_age_seconds = max_age_seconds
         self._max_messages = max_messages
         self._dials_held_until = 0.0
+        self._limit_rises_at = 0.0
 
     @property
     def living(self) -> int:
@@ -104,13 +115,13 @@ class PoolState(Generic[S, W]):
         """Reserve places for as many new connections as waiters need, and return how many to dial."""
         if self.is_closed or now < self._dials_held_until:
             return 0
-        count = max(0, min(len(self.waiters) - self.dialling, self.size - self.open))
+        count = max(0, min(len(self.waiters) - self.dialling, self.limit - self.open))
         self.dialling += count
         return count
 
     def begin_spare_dial(self) -> bool:
         """Reserve a place for a connection that nobody waits for (a probe), if there is one."""
-        if self.is_closed or self.open >= self.size:
+        if self.is_closed or self.open >= self.limit:
             return False
         self.dialling += 1
         return True
@@ -118,6 +129,20 @@ class PoolState(Generic[S, W]):
     def hold_dials(self, until: float) -> None:
         """Dial nothing more until then; the connections that live serve the waiters."""
         self._dials_held_until = until
+
+    def shrink(self, now: float) -> None:
+        """The smarthost wants no more connections than there are without the refused one, and one in any case.
+
+        Those being dialled count: refusals come back sooner than greetings.
+        """
+        self.limit = max(1, min(self.limit, self.open))
+        self._limit_rises_at = now + SHRUNK_SECONDS
+
+    def grow(self, now: float) -> None:
+        """Allow a few more connections when the last complaint, or the last step, is long enough ago."""
+        if self.limit < self.size and now >= self._limit_rises_at:
+            self.limit = min(self.size, self.limit + max(1, self.size // 10))
+            self._limit_rises_at = now + GROW_SECONDS
 
     def dialled(self, session: S, now: float) -> W | None:
         """A dial succeeded. Returns the waiter for whom the connection is reserved, to be woken."""
@@ -171,4 +196,5 @@ class PoolState(Generic[S, W]):
         return (
             f"idle {len(self.idle)}, reserved {len(self.reserved)}, busy {len(self.busy)}, "
             f"dialling {self.dialling}, waiting {len(self.waiters)} of {self.size}"
+            f"{'' if self.limit == self.size else f', {self.limit} for now'}"
         )

@@ -5,6 +5,7 @@ Owns the wording of what to do about it. The dialogue itself is ``dialling``'s.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -17,8 +18,8 @@ from relay.delivery.trouble import LocalFailure, classify_local, failed_here
 
 TRIES: Final = 11
 PAUSE_SECONDS: Final = 2.0
-PING_TIMEOUT_SECONDS: Final = 10.0
-_GOODBYE_SECONDS: Final = 1.0
+PING_TIMEOUT_SECONDS: Final = 12.0
+"""For one host; more than any one phase has by default, so that the phase that hangs is named."""
 
 _ADVICE: Final = {
     Phase.CONNECT: "check SMTP_HOST and SMTP_PORT, and that the server runs and can be reached from here",
@@ -38,11 +39,25 @@ class StopEvent(Protocol):
 
 
 def ping(config: SmarthostConfig, timeout_seconds: float = PING_TIMEOUT_SECONDS) -> None:
-    """Connect, EHLO, TLS and AUTH as configured, NOOP, QUIT.
+    """Connect, EHLO, TLS and AUTH as configured, NOOP, QUIT; with the next host when one fails.
 
-    Blocks for ``timeout_seconds`` at most, and a second for the goodbye. Raises ``NotConnected`` or ``LoginRefused``
-    (both ``EgressUnavailable``) with one sentence that says what to do, and ``ConfigError`` for unusable TLS settings.
+    Blocks for ``timeout_seconds`` a host at most, and ``quit_seconds`` for the goodbye. Raises ``NotConnected`` or
+    ``LoginRefused`` (both ``EgressUnavailable``) with one sentence that says what to do, a sentence for each host where
+    there are several, and ``ConfigError`` for unusable TLS settings.
     """
+    errors: list[OpeningFailed] = []
+    for host in config.hosts:
+        try:
+            _ping_host(dataclasses.replace(config, hosts=(host,)), timeout_seconds)
+        except OpeningFailed as error:
+            errors.append(error)
+        else:
+            return
+    first = errors[0]
+    raise type(first)("; ".join(map(str, errors)), first.outcome, first.trouble) from first
+
+
+def _ping_host(config: SmarthostConfig, timeout_seconds: float) -> None:
     dialler = Dialler(config)
     timeout = Timeout(timeout_seconds)
     try:
@@ -54,7 +69,7 @@ def ping(config: SmarthostConfig, timeout_seconds: float = PING_TIMEOUT_SECONDS)
         raise _no_answer(config, timeout_seconds) from expired
     except OpeningFailed as error:
         raise type(error)(f"{error}: {_advice(error)}", error.outcome, error.trouble) from error
-    session.quit(_GOODBYE_SECONDS)
+    session.quit(config.timeouts.quit_seconds)
 
 
 def wait_for_smtp(
@@ -94,5 +109,5 @@ def _advice(error: OpeningFailed) -> str:
 def _no_answer(config: SmarthostConfig, timeout_seconds: float) -> NotConnected:
     trouble = classify_local(Phase.CONNECT, LocalFailure.TIMEOUT)
     outcome = failed_here(trouble, Phase.CONNECT, LocalFailure.TIMEOUT)
-    text = f"{config.host}:{config.port} did not answer within {timeout_seconds:g} s: {_ADVICE[Phase.CONNECT]}"
+    text = f"{config.hosts[0]} did not answer within {timeout_seconds:g} s: {_ADVICE[Phase.CONNECT]}"
     return NotConnected(text, outcome, trouble)

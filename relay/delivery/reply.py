@@ -155,6 +155,8 @@ class Extensions(NamedTuple):
     """RFC 6531."""
     starttls: bool = False
     """RFC 3207."""
+    eightbitmime: bool = False
+    """RFC 6152."""
     size: bool = False
     """RFC 1870: MAIL may carry ``SIZE=``."""
     size_limit_bytes: int = 0
@@ -176,6 +178,7 @@ def parse_extensions(ehlo: Reply) -> Extensions:
         pipelining="PIPELINING" in keywords,
         smtputf8="SMTPUTF8" in keywords,
         starttls="STARTTLS" in keywords,
+        eightbitmime="8BITMIME" in keywords,
         size="SIZE" in keywords,
         size_limit_bytes=int(limit[0]) if limit and limit[0].isascii() and limit[0].isdigit() else 0,
         auth=frozenset(keywords.get("AUTH", [])),

@@ -5,20 +5,25 @@ Owns the order of commands, pipelining and the pairing of replies with commands.
 
 A transaction always ends in outcomes. After it the session is reusable only when every command has its reply and
 nothing else has arrived: a reply too many or too few would be taken for the answer to the next mail.
+
+A caller does not wait for the final dot's reply beyond its deadline: the transaction then ends in doubt for it, and
+whoever has the session goes on with ``await_dot`` until the smarthost has spoken.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
-from relay.delivery.channel import Channel
+from relay.delivery.channel import Channel, ChannelTimeout
 from relay.delivery.config import SmarthostConfig
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
 from relay.delivery.reply import Extensions, Reply, ReplyBuffer
 from relay.delivery.trouble import (
     LocalFailure,
+    Remedy,
     Trouble,
     classify_local,
     classify_reply,
@@ -32,14 +37,40 @@ from relay.errors import ProtocolViolation
 MAX_GROUP_BYTES: Final = 16384
 """Commands in one pipelined write: more might fill both directions' buffers and block for ever (RFC 2920 §3.1)."""
 
+LARGE_CONTENT_BYTES: Final = 65536
+"""More than that is still being sent when a server that has read its beginning refuses it."""
+
 # The usual answer to MAIL, one RCPT and DATA; anything else goes the long way.
 _GO_AHEAD: Final = re.compile(rb"250 [^\r\n]*\r\n25[01] [^\r\n]*\r\n354 [^\r\n]*\r\n")
 _OPEN: Final = Outcome(State.DEFERRED)
 """Stands in a list of results for a recipient whose outcome is not known yet."""
 
 
+class Ending(NamedTuple):
+    """How a transaction ended that met with trouble."""
+
+    trouble: Trouble
+    """The widest in it."""
+    remedy: Remedy | None
+    """What may be tried at once for those at ``places``."""
+    places: Sequence[int]
+    """Where in the outcomes those stand whom one failure ended together; who was refused alone, by the reply to RCPT,
+    is not among them."""
+    reason: str
+    """What was said, or happened, in the trouble."""
+    is_awaiting_dot: bool
+    """Whether it has not ended for the session: ``await_dot`` must follow."""
+    is_stale: bool
+    """Whether it failed on its first command because the peer had already hung up on this reused connection: nothing
+    has been tried yet, so the mail may go out again at once."""
+
+
+class _NoReplyYet(Exception):
+    """The caller's time is over while the final dot's reply may still come."""
+
+
 class _Goodbye(Exception):
-    """The peer said that it closes the connection."""
+    """The peer said that this connection is of no more use."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply.text)
@@ -53,7 +84,13 @@ class Session:
         self._channel = channel
         self._replies = ReplyBuffer()
         self._extensions = extensions
-        self._config = config
+        timeouts = self._timeouts = config.timeouts
+        self._limit_seconds = {
+            Phase.RSET: timeouts.rset_seconds,
+            Phase.MAIL: timeouts.mail_seconds,
+            Phase.RCPT: timeouts.rcpt_seconds,
+            Phase.DATA: timeouts.data_seconds,
+        }
         self._default_sender = default_sender
         self._phase = Phase.MAIL
         self._reverse_path = ""
@@ -61,16 +98,22 @@ class Session:
         self._is_broken = False
         self._is_in_transaction = False
         self._has_reply = False
+        self._undecided: list[Outcome] = []
+        self._was_broken = False
+        self._dot_until = 0.0
+        self._content_bytes = 0
         self.opened_at = time.monotonic()
         self.idle_since = self.opened_at
         """Kept by the pool."""
         self.transactions = 0
         """Begun so far."""
-        self.trouble: Trouble | None = None
-        """The widest trouble of the last transaction."""
-        self.is_stale = False
-        """Whether the last transaction failed on its first command because the peer had already hung up on this
-        reused connection: nothing has been tried yet, so the mail may go out again at once."""
+        self._trouble: Trouble | None = None
+        self._reason = ""
+        self._ended_together: Sequence[int] = ()
+        self._remedy: Remedy | None = None
+        self.is_awaiting_dot = False
+        """Whether the final dot was sent, its reply is outstanding, and ``await_dot`` must follow."""
+        self._is_stale = False
 
     @property
     def extensions(self) -> Extensions:
@@ -87,24 +130,34 @@ class Session:
     ) -> list[Outcome]:
         """Hand one mail over; return one outcome per forward-path, in the same order.
 
-        Blocks until ``deadline`` (``time.monotonic()``) at most up to the final dot, and ``dot_timeout_seconds`` after
-        it. Never raises for what the peer or the network does. ``content`` has CRLF line ends; it is dot-stuffed here.
+        Blocks until ``deadline`` (``time.monotonic()``) at most. Never raises for what the peer or the network does.
+        ``content`` has CRLF line ends; it is dot-stuffed here.
         """
-        self.trouble = None
-        self.is_stale = False
+        self._trouble = None
+        self._ended_together = ()
+        self._remedy = None
+        self._is_stale = False
         self._reverse_path = reverse_path
-        is_ascii = True
-        limit_bytes = self._extensions.size_limit_bytes
-        if (limit_bytes and len(content) > limit_bytes) or not (
-            is_plain_path(reverse_path) and all(map(is_plain_path, forward_paths))
-        ):
-            is_ascii = reverse_path.isascii() and all(map(str.isascii, forward_paths))
-            failure = self._reason_not_to_send((reverse_path, *forward_paths), len(content), is_ascii)
-            if failure is not None:
-                return [self._local_outcome(Phase.MAIL, failure)] * len(forward_paths)
         results = [_OPEN] * len(forward_paths)
+        is_ascii = is_7bit = True
+        limit_bytes = self._extensions.size_limit_bytes
+        if (
+            (limit_bytes and len(content) > limit_bytes)
+            or not (is_plain_path(reverse_path) and all(map(is_plain_path, forward_paths)))
+            or not content.isascii()
+            or b"\0" in content
+        ):
+            is_7bit = content.isascii()
+            # RFC 6531 §3.4: header fields in UTF-8 need SMTPUTF8 too (a local part in Reply-To, say).
+            is_ascii = is_7bit or content.partition(b"\r\n\r\n")[0].isascii()
+            is_ascii = is_ascii and reverse_path.isascii() and all(map(str.isascii, forward_paths))
+            failure = self._reason_not_to_send((reverse_path, *forward_paths), content, is_ascii, is_7bit)
+            if failure is not None:
+                self._end(results, self._local_outcome(Phase.MAIL, failure))
+                return results
         size_bytes = len(content) if self._extensions.size else None
-        mail = mail_command(reverse_path, size_bytes, is_smtputf8=not is_ascii)
+        is_8bitmime = not is_7bit and self._extensions.eightbitmime
+        mail = mail_command(reverse_path, size_bytes, is_smtputf8=not is_ascii, is_8bitmime=is_8bitmime)
         rcpts = [rcpt_command(path) for path in forward_paths]
         # Until this is taken back, an exception that passes through (a killed greenlet) leaves an unusable session.
         self._is_in_transaction = True
@@ -112,18 +165,44 @@ class Session:
         self.transactions += 1
         try:
             self._send_mail(mail, rcpts, content, deadline, results)
-        except _Goodbye as goodbye:
-            self._is_broken = True
-            self.is_stale = self.transactions > 1 and not self._has_reply
-            _fill(results, self._refusal(goodbye.reply))
-        except (OSError, ProtocolViolation) as error:
-            failure = local_failure(error)
-            self.is_stale = self.transactions > 1 and not self._has_reply and failure is LocalFailure.LOST
-            detail = str(error) if failure is LocalFailure.GARBAGE else ""
-            _fill(results, self._local_outcome(self._phase, failure, detail))
-        self._is_in_transaction = False
-        if not self._replies.is_empty:
-            self._is_broken = True
+        except _NoReplyYet:
+            # The session stays in its transaction: nobody else may use it.
+            self.is_awaiting_dot = True
+            self._undecided = results.copy()
+            self._was_broken = self._is_broken
+            self._end(results, self._local_outcome(Phase.DOT, LocalFailure.NO_REPLY_YET))
+            return results
+        except (_Goodbye, OSError, ProtocolViolation) as error:
+            self._break_off(error, results)
+        self._end_transaction()
+        return results
+
+    @property
+    def ending(self) -> Ending | None:
+        """How the last transaction ended; None when it met with no trouble."""
+        if self._trouble is None:
+            return None
+        return Ending(
+            self._trouble, self._remedy, self._ended_together, self._reason, self.is_awaiting_dot, self._is_stale
+        )
+
+    def await_dot(self) -> list[Outcome]:
+        """Go on waiting for the final dot's reply; return the transaction's outcomes anew.
+
+        Blocks up to the time limit for the dot, counted from when it was sent, or until ``close``.
+        """
+        results, self._undecided = self._undecided, []
+        self.is_awaiting_dot = False
+        # That there was no reply yet spoils nothing; a refusal before it that forbids reuse still does.
+        self._is_broken = self._was_broken
+        self._trouble = None
+        self._ended_together = ()
+        self._remedy = None
+        try:
+            self._take_dot_reply(self._dot_until, results)
+        except (_Goodbye, OSError, ProtocolViolation) as error:
+            self._break_off(error, results)
+        self._end_transaction()
         return results
 
     def is_quiet(self) -> bool:
@@ -135,7 +214,7 @@ class Session:
 
     def noop(self) -> Reply:
         """Ask for nothing and return the reply. Raises ``OSError`` or ``ProtocolViolation``."""
-        return self._ask(Phase.NOOP, b"NOOP\r\n", time.monotonic() + self._config.command_timeout_seconds)
+        return self._ask(Phase.NOOP, b"NOOP\r\n", time.monotonic() + self._timeouts.rset_seconds)
 
     def quit(self, wait_seconds: float = 0.0) -> None:
         """Say goodbye when that is possible and close; waits for the answer at most ``wait_seconds``."""
@@ -159,8 +238,8 @@ class Session:
         self, mail: bytes, rcpts: list[bytes], content: bytes, deadline: float, results: list[Outcome]
     ) -> None:
         """Do the transaction; what it leaves ``_OPEN`` in ``results`` is settled by the exception that it raises."""
-        until = min(deadline, time.monotonic() + self._config.command_timeout_seconds)
-        self._phase = Phase.MAIL
+        self._phase = Phase.RSET if self._needs_rset else Phase.MAIL
+        until = min(deadline, time.monotonic() + self._limit_seconds[self._phase])
         is_pipelined = False
         if self._extensions.pipelining:
             group = b"".join((b"RSET\r\n" if self._needs_rset else b"", mail, *rcpts, b"DATA\r\n"))
@@ -172,19 +251,22 @@ class Session:
                     self._send_content(content, deadline, results)
                     return
                 self._feed(chunk)
-        if self._open_transaction(mail, rcpts, results, deadline, is_pipelined):
+        if self._open_transaction(mail, rcpts, results, until, deadline, is_pipelined):
             self._send_content(content, deadline, results)
 
     def _open_transaction(
-        self, mail: bytes, rcpts: list[bytes], results: list[Outcome], deadline: float, is_pipelined: bool
+        self, mail: bytes, rcpts: list[bytes], results: list[Outcome], until: float, deadline: float, is_pipelined: bool
     ) -> bool:
         """Take the commands up to DATA one by one; return whether the peer waits for content that we want to send.
 
-        When pipelined they are already sent, so every reply is read, whatever the ones before it said.
+        ``until`` is the first reply's limit, part of which may be over. When pipelined they are already sent, so every
+        reply is read, whatever the ones before it said.
         """
 
         def ask(phase: Phase, command: bytes) -> Reply:
-            limit = min(deadline, time.monotonic() + self._config.command_timeout_seconds)
+            nonlocal until
+            limit = until or min(deadline, time.monotonic() + self._limit_seconds[phase])
+            until = 0.0
             reply = self._ask(phase, b"" if is_pipelined else command, limit)
             if is_goodbye(reply):
                 raise _Goodbye(reply)
@@ -201,8 +283,13 @@ class Session:
             return False
         for index, rcpt in enumerate(rcpts):
             reply = ask(Phase.RCPT, rcpt)
+            if is_mail_accepted and reply.code == 503:
+                raise _Goodbye(reply)  # In the middle of a transaction: the peer is out of step with us.
             if is_mail_accepted and not reply.is_positive:
-                results[index] = self._refusal(_no_intermediate(reply))
+                results[index], trouble = self._refusal(_no_intermediate(reply))
+                if trouble.remedy is not None:
+                    self._ended_together = [*self._ended_together, index]
+                    self._remedy = trouble.remedy
         is_any_accepted = any(result is _OPEN for result in results)
         if not is_any_accepted and not is_pipelined:
             self._needs_rset = True
@@ -211,7 +298,9 @@ class Session:
         if not reply.is_intermediate:
             if reply.is_positive:
                 raise ProtocolViolation("DATA was answered with 2yz")
-            self._settle(reply, results)
+            if is_any_accepted:
+                # Else a 503 only says that nothing came before it, which we know.
+                self._settle(reply, results)
             self._needs_rset = is_mail_accepted
         elif not is_any_accepted:
             self._end_empty_content(deadline)
@@ -224,20 +313,35 @@ class Session:
         now = time.monotonic()
         if now >= deadline:
             raise TimeoutError
+        self._content_bytes = len(content)
         self._expect_silence()
         try:
-            self._channel.write(dot_stuffed(content), min(deadline, now + self._config.content_timeout_seconds))
-        except TimeoutError:
-            raise
+            self._channel.write(dot_stuffed(content), min(deadline, now + self._timeouts.content_seconds))
         except OSError:
             self._read_last_words(results)
             raise
         self._phase = Phase.DOT
-        reply = self._read_reply(time.monotonic() + self._config.dot_timeout_seconds)
+        self._dot_until = time.monotonic() + self._timeouts.dot_seconds
+        try:
+            self._take_dot_reply(min(deadline, self._dot_until), results)
+        except ChannelTimeout:
+            if time.monotonic() < self._dot_until:
+                raise _NoReplyYet from None
+            raise
+
+    def _take_dot_reply(self, until: float, results: list[Outcome]) -> None:
+        """Read the reply to the final dot and settle every recipient that is still open."""
+        reply = self._read_reply(until)
         if not reply.is_positive:
-            if is_goodbye(reply):
+            if not self._replies.is_empty:
+                # Which of them is the dot's nobody can tell, and the next may be yes.
+                raise ProtocolViolation("more than one reply to the final dot")
+            if is_goodbye(reply) or reply.code == 503:
                 raise _Goodbye(reply)
             self._settle(reply, results)
+            if reply.is_permanent and self._content_bytes > LARGE_CONTENT_BYTES:
+                # It may have been said before the content was over, and be said again for the dot.
+                self._is_broken = True
             return
         code, _, enhanced_code = reply
         _fill(
@@ -247,7 +351,7 @@ class Session:
 
     def _end_empty_content(self, deadline: float) -> None:
         """Answer a 354 that came although nobody is left to receive: one dot, and its reply means nothing to us."""
-        until = min(deadline, time.monotonic() + self._config.command_timeout_seconds)
+        until = min(deadline, time.monotonic() + self._timeouts.rset_seconds)
         self._channel.write(END_OF_CONTENT, until)
         self._read_reply(until)
 
@@ -269,7 +373,7 @@ class Session:
         """Give every open recipient the refusal in ``reply``; return whether it is none."""
         if reply.is_positive:
             return True
-        _fill(results, self._refusal(_no_intermediate(reply)))
+        self._end(results, self._refusal(_no_intermediate(reply)))
         return False
 
     def _ask(self, phase: Phase, command: bytes, until: float) -> Reply:
@@ -295,29 +399,67 @@ class Session:
             raise ConnectionError("the peer hung up")
         self._replies.feed(chunk)
 
-    def _reason_not_to_send(self, paths: tuple[str, ...], content_bytes: int, is_ascii: bool) -> LocalFailure | None:
+    def _reason_not_to_send(
+        self, paths: tuple[str, ...], content: bytes, is_ascii: bool, is_7bit: bool
+    ) -> LocalFailure | None:
         """Look closely at what is not plain or may be too big; ``paths`` begins with the reverse-path."""
         if not all(map(is_safe_path, paths)):
             return LocalFailure.BAD_PATH
+        # No mail may have one, and where NULs are dropped a dot after one begins a line: it could end the mail.
+        if b"\0" in content:
+            return LocalFailure.NUL
         if not is_ascii and not self._extensions.smtputf8:
             return LocalFailure.NEEDS_SMTPUTF8
+        # RFC 6531 §3.1: who offers SMTPUTF8 must offer 8BITMIME, so it is not asked for twice.
+        if not (is_7bit or self._extensions.eightbitmime or self._extensions.smtputf8):
+            return LocalFailure.NEEDS_8BITMIME
         limit_bytes = self._extensions.size_limit_bytes
-        return LocalFailure.TOO_BIG if limit_bytes and content_bytes > limit_bytes else None
+        return LocalFailure.TOO_BIG if limit_bytes and len(content) > limit_bytes else None
 
-    def _refusal(self, reply: Reply) -> Outcome:
+    def _refusal(self, reply: Reply) -> tuple[Outcome, Trouble]:
         sender = self._default_sender if self._reverse_path == self._default_sender else ""
         trouble = classify_reply(self._phase, reply, default_sender=sender)
-        self._note(trouble)
-        return refused(trouble, self._phase, reply)
+        self._note(trouble, reply.text)
+        return refused(trouble, self._phase, reply), trouble
 
-    def _local_outcome(self, phase: Phase, failure: LocalFailure, detail: str = "") -> Outcome:
+    def _local_outcome(self, phase: Phase, failure: LocalFailure, detail: str = "") -> tuple[Outcome, Trouble]:
         trouble = classify_local(phase, failure)
-        self._note(trouble)
-        return failed_here(trouble, phase, failure, detail)
+        outcome = failed_here(trouble, phase, failure, detail)
+        self._note(trouble, outcome.detail)
+        return outcome, trouble
 
-    def _note(self, trouble: Trouble) -> None:
-        if self.trouble is None or trouble.radius > self.trouble.radius:
-            self.trouble = trouble
+    def _break_off(self, error: _Goodbye | OSError | ProtocolViolation, results: list[Outcome]) -> None:
+        """The connection is of no more use: that ends the transaction for everyone who is still in it."""
+        is_untouched = self.transactions > 1 and not self._has_reply
+        if isinstance(error, _Goodbye):
+            self._is_broken = True
+            self._is_stale = is_untouched
+            ending = self._refusal(error.reply)
+        else:
+            failure = local_failure(error)
+            self._is_stale = is_untouched and failure is LocalFailure.LOST
+            detail = str(error) if failure is LocalFailure.GARBAGE else ""
+            ending = self._local_outcome(self._phase, failure, detail)
+        self._end(results, ending)
+
+    def _end(self, results: list[Outcome], ending: tuple[Outcome, Trouble]) -> None:
+        """Give everyone who is still open the outcome that ends the transaction for all of them."""
+        places = [place for place, result in enumerate(results) if result is _OPEN]
+        if places:
+            outcome, trouble = ending
+            self._ended_together = places
+            self._remedy = trouble.remedy
+            _fill(results, outcome)
+
+    def _end_transaction(self) -> None:
+        self._is_in_transaction = False
+        if not self._replies.is_empty:
+            self._is_broken = True
+
+    def _note(self, trouble: Trouble, reason: str) -> None:
+        if self._trouble is None or trouble.radius > self._trouble.radius:
+            self._trouble = trouble
+            self._reason = reason
         if not trouble.is_reusable:
             self._is_broken = True
 

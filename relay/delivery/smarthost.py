@@ -1,39 +1,52 @@
 """The smarthost as the jobs see it: one call hands a mail over and always answers with outcomes.
 
-Owns the attempt (a stale connection is replaced, RFC 5321 leaves that to the client), and the circuit: when it opens,
-who probes, and how long to wait in between. ``trouble`` judges, ``pool`` has the connections.
+Owns the attempts at one mail: which failure is tried again here, how often, and what happens to a mail whose caller
+has gone before the smarthost answered. ``trouble`` judges, ``pool`` has the connections, ``pacer`` the sending rate,
+``guard`` the circuit.
 
-A connection that cannot be opened opens the circuit only when no other one lives; while others do, they show that the
-smarthost serves us, so only dialling pauses. A refusal after MAIL that concerns all mail opens it at once.
+Nothing is tried again that the smarthost may have taken. What it certainly has not is tried again within the deadline,
+as long as the circuit is closed:
+
+- a stale connection (it had hung up before our first command) is replaced, as often as it takes, uncounted;
+- a connection that breaks before the content is sent is replaced, ``MAX_ATTEMPTS`` times in all;
+- a mail refused for being too fast waits and goes out at a lower rate.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import gevent
-from gevent.event import Event
 
-from relay.delivery.circuit import Circuit
 from relay.delivery.config import SmarthostConfig
-from relay.delivery.dialling import Dialler, LoginRefused, OpeningFailed
+from relay.delivery.dialling import OpeningFailed
+from relay.delivery.guard import Guard
 from relay.delivery.outcome import Outcome, Phase, State
-from relay.delivery.pool import Pool
-from relay.delivery.session import Session
-from relay.delivery.trouble import LocalFailure, Probe, Radius, Trouble, classify_local, failed_here
-from relay.errors import EgressUnavailable, PoolClosed, PoolTimeout
-from relay.redaction import without_addresses
+from relay.delivery.pacer import Pacer
+from relay.delivery.rate import Rate
+from relay.delivery.session import Ending, Session
+from relay.delivery.trouble import LocalFailure, Remedy, classify_local, failed_here
+from relay.errors import EgressUnavailable, PoolClosed, PoolTimeout, RateTimeout
 
 log = logging.getLogger("relay.delivery")
 
-CONNECT_CAP_SECONDS: Final = 1.5
-"""Between probes after connecting failed: a smarthost that is back is used again within 2 s."""
-REFUSAL_CAP_SECONDS: Final = 30.0
-"""Between probes after a refusal by rule (credentials, quota): asking often may get us locked out."""
-DIAL_PAUSE_SECONDS: Final = 1.0
-"""Without a new dial after one failed while other connections live."""
+MAX_ATTEMPTS: Final = 3
+"""At one mail, over connections that break; a mail that breaks each of them is not tried for ever."""
+THROTTLED_PAUSE_SECONDS: Final = 1.0
+"""Before a mail that was refused for being too fast is tried again, on average: rates are counted by the second."""
+
+WEIGHT_OF_THE_LAST: Final = 0.1
+"""Of one transaction's time, in the usual time."""
+ROOM_FOR_SLOWER: Final = 1.25
+"""Times the usual time that a transaction must have left to be begun."""
+USUAL_HALVES_SECONDS: Final = 10.0
+"""Without a transaction: one long wait of the past does not decide for ever."""
+
+Settled = Callable[[list[Outcome]], None]
 
 
 class Smarthost:
@@ -45,144 +58,287 @@ class Smarthost:
         Raises ``ConfigError`` when the TLS settings cannot be used.
         """
         self._config = config
-        self._dialler = Dialler(config, default_sender)
-        self._circuit = Circuit()
-        self._pool = Pool(config, self._open_session, self._dial_failed)
-        self._prober: Any = None
-        self._closing = Event()
-        self._opened = 0
+        self._rate = Rate(config.max_recipients_per_second)
+        self._pacer = Pacer(self._rate)
+        self._guard = Guard(config, default_sender, self._pacer.refuse)
+        self._pool = self._guard.pool
+        self._circuit = self._guard.circuit
+        self._settling: set[Any] = set()
         self._stale_replaced = 0
+        self._retried = 0
+        self._usual_seconds = 0.0
+        """About how long a transaction takes, with its reply to the final dot."""
+        self._usual_at = 0.0
 
     def relay(
-        self, reverse_path: str, forward_paths: tuple[str, ...], content: bytes, deadline: float
+        self,
+        reverse_path: str,
+        forward_paths: tuple[str, ...],
+        content: bytes,
+        deadline: float,
+        on_settled: Settled | None = None,
     ) -> list[Outcome]:
         """Hand one mail over; return one outcome per forward-path, in the same order.
 
-        ``content`` has CRLF line ends and is not dot-stuffed. Up to the final dot this takes no longer than until
-        ``deadline`` (``time.monotonic()``); the dot's reply has ``dot_timeout_seconds`` of its own. Raises nothing for
-        what SMTP or the network does.
+        ``content`` has CRLF line ends and is not dot-stuffed. Blocks until ``deadline`` (``time.monotonic()``) at most.
+        Raises nothing for what SMTP or the network does.
+
+        When the deadline comes while the final dot's reply is outstanding the outcomes are IN_DOUBT, the connection
+        goes on waiting, and ``on_settled`` is called later, once and in another greenlet, with the outcomes as they
+        turned out, IN_DOUBT again if no reply came. When the connection was lost before the deadline IN_DOUBT is final
+        at once, and nothing is called.
         """
         if self._circuit.is_closed:
-            return self._attempt(reverse_path, forward_paths, content, deadline)
-        is_probe = self._circuit.probe is Probe.MAIL and self._circuit.begin_probe(time.monotonic())
-        if not is_probe:
+            return self._attempt(reverse_path, forward_paths, content, deadline, on_settled)
+        guard = self._guard
+        if not guard.begin_mail_probe():
             return [_unattempted(LocalFailure.CIRCUIT_OPEN, self._circuit.reason)] * len(forward_paths)
         try:
-            outcomes = self._attempt(reverse_path, forward_paths, content, deadline)
-            if any(outcome.state is State.RELAYED for outcome in outcomes):
-                self._close_circuit()
-            return outcomes
+            return self._attempt(reverse_path, forward_paths, content, deadline, on_settled, is_probe=True)
         finally:
-            self._circuit.probe_void(time.monotonic())
+            guard.end_mail_probe()
 
-    def figures(self) -> dict[str, int | str]:
+    def figures(self) -> dict[str, Any]:
         """Numbers and words for status pages and logs."""
-        state = self._pool.state
+        rate = self._rate
         return {
-            "idle": len(state.idle),
-            "busy": len(state.busy) + len(state.reserved),
-            "dialling": state.dialling,
-            "waiting": len(state.waiters),
-            "max": state.size,
-            "connections_opened": self._opened,
+            **self._guard.figures(),
+            "awaiting_dot": len(self._settling),
             "stale_replaced": self._stale_replaced,
-            "circuit": self._circuit.state.value,
-            "circuit_reason": self._circuit.reason,
+            "retried": self._retried,
+            "throttled": rate.throttled_count,
+            "rate_per_second": round(rate.current, 2) if rate.is_limited else None,
+            "rate_lowered": rate.is_lowered,
+            "rate_waiting": self._pacer.waiting,
         }
 
     def close(self, deadline: float) -> None:
         """Refuse who waits, let what is busy finish until ``deadline``, then cut it. Blocks no longer than that."""
-        self._closing.set()
-        self._pool.close(deadline)
-        if self._prober is not None:
-            self._prober.kill()
+        self._pacer.close()
+        self._guard.close(deadline)
+
+    def wait_settled(self, timeout_seconds: float) -> None:
+        """After ``close``: let the calls of ``on_settled`` that are due come to an end."""
+        gevent.joinall(list(self._settling), timeout=timeout_seconds)
 
     def _attempt(
-        self, reverse_path: str, forward_paths: tuple[str, ...], content: bytes, deadline: float
+        self,
+        reverse_path: str,
+        forward_paths: tuple[str, ...],
+        content: bytes,
+        deadline: float,
+        on_settled: Settled | None,
+        *,
+        is_probe: bool = False,
     ) -> list[Outcome]:
-        """Use connections until one is not stale; a stale one has been told nothing, so the mail cannot be doubled."""
-        pool = self._pool
-        # Each stale connection leaves the pool, so after all of them comes a fresh one, which cannot be stale.
-        for _ in range(self._config.pool_size + 1):
-            try:
-                session = pool.acquire(deadline)
-            except EgressUnavailable as error:
-                return [_outcome_of(error)] * len(forward_paths)
-            try:
-                outcomes = session.transact(reverse_path, forward_paths, content, deadline)
-                trouble = session.trouble
-                is_stale = session.is_stale
-            finally:
-                pool.release(session, is_reusable=session.is_reusable)
-            if trouble is None:
-                return outcomes
-            if is_stale:
-                self._stale_replaced += 1
-                continue
-            if trouble.radius is Radius.SMARTHOST:
-                self._open_circuit(outcomes, trouble)
+        """Try once, which nearly always is enough, or as long as something is left that may be tried again."""
+        try:
+            session = self._connection(len(forward_paths), deadline)
+        except EgressUnavailable as error:
+            return [_outcome_of(error)] * len(forward_paths)
+        outcomes, ending = self._transact(session, reverse_path, forward_paths, content, deadline, is_probe)
+        if ending is None:
             return outcomes
-        return outcomes
+        mail = _Mail(reverse_path, forward_paths, content, deadline, on_settled, is_probe)
+        mail.take(outcomes)
+        self._try_again(mail, session, ending)
+        return mail.outcomes
 
-    def _open_session(self) -> Session:
-        """Dial for the pool. While the circuit is open this is the probe, and only a 250 to NOOP closes it."""
-        if self._circuit.is_closed:
-            session = self._dialler.dial()
-        else:
-            session = self._dialler.probe()
-            if self._circuit.probe is Probe.NOOP:
-                self._close_circuit()
-        self._opened += 1
+    def _connection(self, recipients: int, deadline: float) -> Session:
+        """Wait for this mail's turn and for a connection. Raises ``EgressUnavailable``."""
+        was_limited = self._rate.is_limited
+        if was_limited:
+            self._pacer.wait(recipients, deadline)
+        session = self._pool.acquire(deadline)
+        if self._rate.is_limited and not was_limited:
+            # It queued for a connection when nothing was known of a limit yet: now it queues for its turn.
+            self._pool.hand_back(session)
+            self._pacer.wait(recipients, deadline)
+            session = self._pool.acquire(deadline)
+        now = time.monotonic()
+        if deadline - now < self._usual_seconds * ROOM_FOR_SLOWER and self._is_too_late(deadline, now):
+            # The content would go out with no time left for its reply: in doubt, where "not sent" is certain now.
+            self._pool.hand_back(session)
+            raise PoolTimeout("a connection came too late for a transaction")
         return session
 
-    def _dial_failed(self, error: EgressUnavailable) -> None:
-        state = self._pool.state
-        if state.living or state.dialling:
-            # Others live, or may in a moment: they serve those who wait.
-            self._pool.hold_dials(DIAL_PAUSE_SECONDS)
-            return
-        now = time.monotonic()
-        reason = _outcome_of(error).detail
-        if self._circuit.is_closed:
-            is_refusal = isinstance(error, LoginRefused)
-            self._circuit.open(reason, Probe.NOOP, now, REFUSAL_CAP_SECONDS if is_refusal else CONNECT_CAP_SECONDS)
-            log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(reason))
-        else:
-            self._circuit.probe_failed(reason, now)
-        self._pool.refuse_waiters(error)
-        self._start_probing()
+    def _is_too_late(self, deadline: float, now: float) -> bool:
+        """Whether a transaction should not be begun; what is known of their length counts less the older it is."""
+        share: float = 0.5 ** ((now - self._usual_at) / USUAL_HALVES_SECONDS)
+        return deadline - now < self._usual_seconds * ROOM_FOR_SLOWER * share
 
-    def _open_circuit(self, outcomes: list[Outcome], trouble: Trouble) -> None:
-        """All mail would meet the same: defer everyone until a real mail gets through again."""
-        detail = next(outcome.detail for outcome in outcomes if outcome.state is not State.RELAYED)
-        now = time.monotonic()
-        if self._circuit.is_closed:
-            self._circuit.open(detail, trouble.probe or Probe.MAIL, now, REFUSAL_CAP_SECONDS)
-            log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(detail))
-        else:
-            self._circuit.probe_failed(detail, now)
-        self._pool.refuse_waiters(EgressUnavailable(detail))
+    def _try_again(self, mail: _Mail, session: Session, ending: Ending) -> None:
+        """Go on from an attempt that ended in trouble, to the end of what may be tried."""
+        # Each stale connection leaves the pool, so after all of them comes a fresh one, which cannot be stale.
+        stale_left = self._config.pool_size + 1
+        while True:
+            if ending.is_awaiting_dot:
+                self._settle_later(session, mail)
+                return
+            if ending.is_stale and stale_left:
+                stale_left -= 1
+                self._stale_replaced += 1
+            elif not self._prepare_retry(mail, ending):
+                return
+            if not (self._circuit.is_closed or mail.is_probe):
+                return
+            try:
+                if ending.remedy is Remedy.SLOWER:
+                    session = self._connection(len(mail.paths), mail.deadline)
+                else:
+                    session = self._pool.acquire(mail.deadline)
+            except EgressUnavailable as error:
+                # What the smarthost said of an attempt tells more than that there was no time for another.
+                if mail.attempt == 1:
+                    mail.take([_outcome_of(error)] * len(mail.paths))
+                return
+            outcomes, next_ending = self._transact(
+                session, mail.reverse_path, mail.paths, mail.content, mail.deadline, mail.is_probe
+            )
+            mail.take(outcomes)
+            if next_ending is None:
+                return
+            ending = next_ending
 
-    def _close_circuit(self) -> None:
-        self._circuit.close()
-        log.info("the smarthost takes mail again")
+    def _prepare_retry(self, mail: _Mail, ending: Ending) -> bool:
+        """Whether there is to be another attempt; waits before it where that is needed."""
+        if ending.remedy is None:
+            return False
+        if ending.remedy is Remedy.SLOWER:
+            # Spread, so that mails refused together do not come back together.
+            pause_seconds = THROTTLED_PAUSE_SECONDS * random.uniform(0.75, 1.25)
+            if time.monotonic() + pause_seconds >= mail.deadline:
+                return False
+            gevent.sleep(pause_seconds)
+        elif mail.attempt >= MAX_ATTEMPTS:
+            return False
+        mail.narrow(ending.places)
+        self._retried += 1
+        return True
 
-    def _start_probing(self) -> None:
-        if self._circuit.probe is Probe.NOOP and self._prober is None and not self._closing.is_set():
-            self._prober = gevent.spawn(self._probe)
-
-    def _probe(self) -> None:
-        """Try to connect, ever less often, until it works."""
+    def _transact(
+        self,
+        session: Session,
+        reverse_path: str,
+        paths: tuple[str, ...],
+        content: bytes,
+        deadline: float,
+        is_probe: bool,
+    ) -> tuple[list[Outcome], Ending | None]:
+        """One transaction, and how it ended if not well. The session is given back unless it still awaits a reply."""
+        began_at = time.monotonic()
         try:
-            while not self._circuit.is_closed:
-                if self._closing.wait(self._circuit.seconds_to_probe(time.monotonic())):
-                    return
-                if self._circuit.begin_probe(time.monotonic()):
-                    # _open_session closes the circuit, _dial_failed puts the next probe off.
-                    self._pool.probe()
-                    self._circuit.probe_void(time.monotonic())
+            outcomes = session.transact(reverse_path, paths, content, deadline)
+            # Before the session is given back: from then on it is somebody else's.
+            ending = session.ending
         finally:
-            self._prober = None
+            if not session.is_awaiting_dot:
+                self._pool.release(session, is_reusable=session.is_reusable)
+        now = time.monotonic()
+        if ending is None:
+            self._usual_seconds += (now - began_at - self._usual_seconds) * WEIGHT_OF_THE_LAST
+            self._usual_at = now
+            self._count_relayed(len(outcomes), now, is_probe)
+        else:
+            self._heed(outcomes, ending, now, is_probe)
+        return outcomes, ending
+
+    def _settle_later(self, session: Session, mail: _Mail) -> None:
+        settling = gevent.spawn(self._settle, session, mail)
+        self._settling.add(settling)
+        settling.link(self._settling.discard)
+
+    def _settle(self, session: Session, mail: _Mail) -> None:
+        """Wait on where the caller could not, and tell what became of the mail."""
+        try:
+            outcomes = session.await_dot()
+            ending = session.ending
+        finally:
+            self._pool.release(session, is_reusable=session.is_reusable)
+        now = time.monotonic()
+        if ending is None:
+            self._count_relayed(len(outcomes), now, mail.is_probe)
+        else:
+            self._heed(outcomes, ending, now, mail.is_probe)
+        mail.take(outcomes)
+        if mail.on_settled is not None:
+            mail.on_settled(mail.outcomes)
+
+    def _heed(self, outcomes: list[Outcome], ending: Ending, now: float, is_probe: bool) -> None:
+        """Do what the trouble asks for beyond the mail that met it."""
+        self._guard.heed(ending.trouble, ending.reason, is_probe=is_probe)
+        if Remedy.SLOWER in (ending.remedy, ending.trouble.remedy) and self._rate.throttled(now):
+            log.warning("the smarthost is given fewer recipients a second: %r", self._rate)
+            self._pacer.rate_changed()
+        relayed = sum(outcome.state is State.RELAYED for outcome in outcomes)
+        if relayed:
+            self._count_relayed(relayed, now, is_probe)
+
+    def _count_relayed(self, recipients: int, now: float, is_probe: bool) -> None:
+        if self._rate.accepted(recipients, now):
+            self._pacer.rate_changed()
+        if is_probe:
+            self._guard.mail_probe_succeeded()
+
+
+class _Mail:
+    """One mail and what became of each of its forward-paths so far."""
+
+    __slots__ = (
+        "_places",
+        "attempt",
+        "content",
+        "deadline",
+        "forward_paths",
+        "is_probe",
+        "on_settled",
+        "outcomes",
+        "paths",
+        "reverse_path",
+    )
+
+    def __init__(
+        self,
+        reverse_path: str,
+        forward_paths: tuple[str, ...],
+        content: bytes,
+        deadline: float,
+        on_settled: Settled | None,
+        is_probe: bool,
+    ) -> None:
+        self.reverse_path = reverse_path
+        self.forward_paths = forward_paths
+        self.paths = forward_paths
+        """Those that the next attempt is for."""
+        self.content = content
+        self.deadline = deadline
+        self.on_settled = on_settled
+        self.is_probe = is_probe
+        """Whether it may pass an open circuit, to see whether that can be closed."""
+        self.attempt = 1
+        """Which one is, or was the last. A stale connection does not count."""
+        self.outcomes: list[Outcome] = []
+        """One for each of ``forward_paths``, in their order, once there was an attempt."""
+        self._places: list[int] | None = None
+        """Where in ``outcomes`` those of ``paths`` stand; None: all, in order."""
+
+    def take(self, outcomes: list[Outcome]) -> None:
+        """Keep what an attempt came to."""
+        if self.attempt > 1:
+            outcomes = [outcome._replace(attempt=self.attempt) for outcome in outcomes]
+        if self._places is None:
+            self.outcomes = outcomes
+        else:
+            self.outcomes = self.outcomes.copy()
+            for place, outcome in zip(self._places, outcomes, strict=True):
+                self.outcomes[place] = outcome
+
+    def narrow(self, places: Sequence[int]) -> None:
+        """Leave for the next attempt only those who stand at ``places`` of the last one's outcomes."""
+        before = self._places
+        self._places = list(places) if before is None else [before[place] for place in places]
+        self.paths = tuple(self.forward_paths[place] for place in self._places)
+        self.attempt += 1
 
 
 def _outcome_of(error: EgressUnavailable) -> Outcome:
@@ -191,6 +347,8 @@ def _outcome_of(error: EgressUnavailable) -> Outcome:
         return error.outcome
     if isinstance(error, PoolTimeout):
         return _unattempted(LocalFailure.NO_CONNECTION)
+    if isinstance(error, RateTimeout):
+        return _unattempted(LocalFailure.NO_ROOM, str(error))
     if isinstance(error, PoolClosed):
         return _unattempted(LocalFailure.CLOSING)
     return _unattempted(LocalFailure.CIRCUIT_OPEN, str(error))

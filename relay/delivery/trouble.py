@@ -1,43 +1,57 @@
 """What to do about a failure: the only place that maps one to an outcome's state and to its blast radius.
 
-Pure. Owns the table below; leaves acting on it to ``session`` (connections), ``pool`` and ``smarthost`` (the circuit).
+Pure. Owns the table below; leaves acting on it to ``session`` (connections), ``smarthost`` (another attempt) and
+``guard`` (the circuit).
 Sources: RFC 5321 §4.2.1, §4.2.4.2, §4.3.2; RFC 3463 §3; RFC 4954 §6; RFC 1047; Amazon SES, "SMTP response codes".
 
-=====================================  ===========  ==========  ========  =====
-failure                                state        radius      reusable  probe
-=====================================  ===========  ==========  ========  =====
+=====================================  ===========  ==========  ========  =====  ======
+failure                                state        radius      reusable  probe  remedy
+=====================================  ===========  ==========  ========  =====  ======
 **the peer's reply**
-421 at any point                       DEFERRED     connection  no        noop*
-451 4.4.2 (it tired of waiting)        DEFERRED     connection  no        noop*
-4yz, 5yz in banner … AUTH, NOOP        DEFERRED     smarthost   no        noop
-530, 534, 535, 538 after AUTH          DEFERRED     smarthost   no        mail
-454 … "quota exceeded"                 DEFERRED     smarthost   yes       mail
-503 (we are out of step)               DEFERRED     connection  no        -
-4yz to RCPT                            DEFERRED     recipient   yes       -
-4yz to MAIL, DATA, the final dot       DEFERRED     transaction yes       -
-5yz 5.5.3 to RCPT (too many)           DEFERRED     recipient   yes       -
-5yz to RCPT                            FAILED       recipient   yes       -
+421 "too many" … "connections"         DEFERRED     connection  no        noop*  fewer
+421 at any point before the dot        DEFERRED     connection  no        noop*  anew
+451 4.4.2 (it tired of waiting)        DEFERRED     connection  no        noop*  anew
+421, 451 4.4.2 to the final dot        DEFERRED     connection  no        -      -
+503 to the final dot                   IN_DOUBT     connection  no        -      -
+4yz, 5yz in banner … AUTH, NOOP        DEFERRED     smarthost   no        noop   -
+530, 534, 535, 538 after AUTH          DEFERRED     smarthost   no        mail   -
+454 … "quota exceeded"                 DEFERRED     smarthost   yes       mail   -
+454 … "maximum sending rate"           DEFERRED     transaction yes       -      slower
+503 (we are out of step)               DEFERRED     connection  no        -      anew
+4yz to RCPT                            DEFERRED     recipient   yes       -      -
+4yz to MAIL, DATA, the final dot       DEFERRED     transaction yes       -      -
+5yz 5.5.3 to RCPT (too many)           DEFERRED     recipient   yes       -      -
+5yz to RCPT                            FAILED       recipient   yes       -      -
 554 denied / not verified, for the
-default sender                         FAILED       smarthost   yes       mail
-5yz to MAIL, DATA, the final dot       FAILED       transaction yes       -
-to RSET: anything but 2yz              DEFERRED     connection  no        -
+default sender                         FAILED       smarthost   yes       mail   -
+5yz to MAIL, DATA, the final dot       FAILED       transaction yes       -      -
+to RSET: anything but 2yz              DEFERRED     connection  no        -      anew
 **here**
-until AUTH: refused, lost, timeout …   DEFERRED     smarthost   no        noop
-MAIL … content: lost, timeout, garbage DEFERRED     connection  no        -
-after the final dot: the same          IN_DOUBT     connection  no        -
-too big, SMTPUTF8 missing, bad path    FAILED       transaction yes       -
-no connection in time, closing, open   DEFERRED     transaction yes       -
-=====================================  ===========  ==========  ========  =====
+until AUTH: refused, lost, timeout …   DEFERRED     smarthost   no        noop   -
+MAIL … content: lost, garbage          DEFERRED     connection  no        -      anew
+MAIL … content: timeout                DEFERRED     connection  no        -      -
+after the final dot: the same          IN_DOUBT     connection  no        -      -
+no reply yet when the caller must know IN_DOUBT     connection  no        -      -
+too big, an extension missing, bad path FAILED      transaction yes       -      -
+no connection in time, closing, open,
+no room at the sending rate            DEFERRED     transaction yes       -      -
+=====================================  ===========  ==========  ========  =====  ======
 
 \\* only while the connection is being opened; then the radius is the smarthost's.
 
-"Smarthost" for a connection that could not be opened means: as far as this connection can tell. ``smarthost`` opens
+The last column is what may be tried at once, since nothing was taken: the mail again on another connection (anew),
+the same with fewer connections from here on (fewer), or in a while at a lower rate (slower). A time-out is not tried
+again: the server is slow already. Nor is, but for "maximum sending rate", anything that was said after the final dot:
+a server that closes down may say 421 before it comes to the dot that it already has.
+
+"Smarthost" for a connection that could not be opened means: as far as this connection can tell. ``guard`` opens
 the circuit for it only when no other connection lives, since those prove the contrary.
 """
 
 from __future__ import annotations
 
 import enum
+import re
 from typing import NamedTuple
 
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
@@ -62,6 +76,17 @@ class Probe(enum.StrEnum):
     """One real mail: connecting and logging in worked all the time."""
 
 
+class Remedy(enum.StrEnum):
+    """What may be tried at once for a mail that was certainly not taken."""
+
+    ANEW = "anew"
+    """The same on another connection."""
+    FEWER = "fewer"
+    """The same, and fewer connections for a while."""
+    SLOWER = "slower"
+    """Again in a while, and fewer recipients a second from here on."""
+
+
 class LocalFailure(enum.Enum):
     """What happened here, without a reply; the value is the text for ``Outcome.detail``."""
 
@@ -72,10 +97,14 @@ class LocalFailure(enum.Enum):
     TLS = "TLS failed"
     NOT_OFFERED = "a needed extension is not offered"
     NO_CONNECTION = "no connection in time"
+    NO_ROOM = "no room in time at the sending rate"
+    NO_REPLY_YET = "no reply to the final dot in time; the record will say what became of the mail"
     CLOSING = "shutting down"
     CIRCUIT_OPEN = "smarthost unavailable"
     TOO_BIG = "5.3.4 the mail is larger than the smarthost takes"
     NEEDS_SMTPUTF8 = "5.6.7 the address needs SMTPUTF8, which the smarthost does not offer"
+    NEEDS_8BITMIME = "5.6.3 the content needs 8BITMIME, which the smarthost does not offer"
+    NUL = "5.6.0 the content has a NUL octet, which no mail may have"
     BAD_PATH = "5.1.0 the address cannot be put into an SMTP command"
 
 
@@ -88,15 +117,32 @@ class Trouble(NamedTuple):
     """Whether the connection may carry another transaction."""
     probe: Probe | None = None
     """What closes the circuit; set exactly when ``radius`` is SMARTHOST."""
+    remedy: Remedy | None = None
 
 
 OPENING_PHASES = frozenset({Phase.CONNECT, Phase.BANNER, Phase.EHLO, Phase.STARTTLS, Phase.AUTH, Phase.NOOP})
 """Before the first mail; NOOP is only asked to see whether a new connection is good."""
+_CROWDED = re.compile(r"too many\b.*\bconnections\b", re.IGNORECASE)
+"""Amazon SES: ``Too many concurrent SMTP connections``; others say it in nearly the same words. In the plural: too
+many messages on *this connection* is no complaint about their number."""
 _NOT_LOGGED_IN_CODES = frozenset({530, 534, 535, 538})
-_MESSAGE_FAILURES = frozenset({LocalFailure.TOO_BIG, LocalFailure.NEEDS_SMTPUTF8, LocalFailure.BAD_PATH})
-_NO_ATTEMPT_FAILURES = frozenset({LocalFailure.NO_CONNECTION, LocalFailure.CLOSING, LocalFailure.CIRCUIT_OPEN})
+_MESSAGE_FAILURES = frozenset(
+    {
+        LocalFailure.TOO_BIG,
+        LocalFailure.NEEDS_SMTPUTF8,
+        LocalFailure.NEEDS_8BITMIME,
+        LocalFailure.NUL,
+        LocalFailure.BAD_PATH,
+    }
+)
+_NO_ATTEMPT_FAILURES = frozenset(
+    {LocalFailure.NO_CONNECTION, LocalFailure.NO_ROOM, LocalFailure.CLOSING, LocalFailure.CIRCUIT_OPEN}
+)
 
-_CONNECTION_TROUBLE = Trouble(State.DEFERRED, Radius.CONNECTION, is_reusable=False)
+_LAST_TROUBLE = Trouble(State.DEFERRED, Radius.CONNECTION, is_reusable=False)
+_CONNECTION_TROUBLE = _LAST_TROUBLE._replace(remedy=Remedy.ANEW)
+_OUT_OF_STEP_TROUBLE = _LAST_TROUBLE._replace(state=State.IN_DOUBT)
+_CROWDED_TROUBLE = _LAST_TROUBLE._replace(remedy=Remedy.FEWER)
 _OPENING_TROUBLE = Trouble(State.DEFERRED, Radius.SMARTHOST, is_reusable=False, probe=Probe.NOOP)
 
 
@@ -105,8 +151,13 @@ def classify_reply(phase: Phase, reply: Reply, *, default_sender: str = "") -> T
 
     ``default_sender`` is the reverse-path when it is the one that Relay uses by default, else ''.
     """
+    if phase is Phase.DOT and (is_goodbye(reply) or reply.code == 503):
+        return _OUT_OF_STEP_TROUBLE if reply.code == 503 else _LAST_TROUBLE
+    is_crowded = reply.code == 421 and _CROWDED.search(reply.text) is not None
     if phase in OPENING_PHASES:
-        return _OPENING_TROUBLE
+        return _OPENING_TROUBLE._replace(remedy=Remedy.FEWER) if is_crowded else _OPENING_TROUBLE
+    if is_crowded:
+        return _CROWDED_TROUBLE
     if is_goodbye(reply) or reply.code == 503 or phase is Phase.RSET:
         return _CONNECTION_TROUBLE
     if reply.code in _NOT_LOGGED_IN_CODES:
@@ -114,6 +165,8 @@ def classify_reply(phase: Phase, reply: Reply, *, default_sender: str = "") -> T
     text = reply.text.lower()
     if reply.code == 454 and "quota exceeded" in text:
         return Trouble(State.DEFERRED, Radius.SMARTHOST, probe=Probe.MAIL)
+    if reply.code == 454 and "maximum sending rate" in text:
+        return Trouble(State.DEFERRED, Radius.TRANSACTION, remedy=Remedy.SLOWER)
     if reply.code == 554 and _concerns_sender(text, default_sender.lower()):
         return Trouble(State.FAILED, Radius.SMARTHOST, probe=Probe.MAIL)
     is_too_many = phase is Phase.RCPT and reply.enhanced_code == "5.5.3"
@@ -131,7 +184,7 @@ def classify_local(phase: Phase, failure: LocalFailure) -> Trouble:
         return _OPENING_TROUBLE
     if phase is Phase.DOT:
         return Trouble(State.IN_DOUBT, Radius.CONNECTION, is_reusable=False)
-    return _CONNECTION_TROUBLE
+    return _LAST_TROUBLE if failure is LocalFailure.TIMEOUT else _CONNECTION_TROUBLE
 
 
 def is_goodbye(reply: Reply) -> bool:

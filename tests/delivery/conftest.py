@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import gevent
 import pytest
 
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from tests.support.scripted_smtp import ScriptedSmtp, make_certificate
 
 TEST_SECONDS = 20.0
@@ -31,16 +32,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def config_for(server: ScriptedSmtp, **changes: Any) -> SmarthostConfig:
-    """A configuration for ``server`` in clear, with the time limits that tests can afford."""
+    """A configuration for ``server`` in clear, with the time limits that tests can afford.
+
+    ``changes`` are fields of ``SmarthostConfig`` or, as ``<phase>_seconds``, of its ``Timeouts``.
+    """
+    limits = {field.name: changes.pop(field.name, 2.0) for field in dataclasses.fields(Timeouts)}
     values: dict[str, Any] = {
-        "host": "127.0.0.1",
-        "port": server.port,
+        "hosts": (Host(changes.pop("host", "127.0.0.1"), server.port),),
         "helo_name": "relay.example.org",
         "tls": "off",
-        "connect_timeout_seconds": 2.0,
-        "command_timeout_seconds": 2.0,
-        "content_timeout_seconds": 2.0,
-        "dot_timeout_seconds": 2.0,
+        "timeouts": Timeouts(**limits),
     }
     return SmarthostConfig(**(values | changes))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import Dialler, LoginRefused, NotConnected, OpeningFailed
 from relay.delivery.outcome import Phase, State
 from relay.delivery.trouble import Probe, Radius
@@ -101,6 +103,36 @@ def test_bytes_before_the_handshake_abort_it(certificate: Certificate) -> None:
     assert server.commands == ["EHLO relay.example.org", "STARTTLS"]
 
 
+@pytest.mark.parametrize(("newest", "is_good"), [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True)])
+def test_tls_below_1_2_is_refused(newest: ssl.TLSVersion, is_good: bool, certificate: Certificate) -> None:
+    with ScriptedSmtp(tls="implicit", certificate=certificate) as server:
+        # Without the last, the server's own library would refuse the old version.
+        server.ssl_context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            server.ssl_context.minimum_version = ssl.TLSVersion.TLSv1
+            server.ssl_context.maximum_version = newest
+        config = config_for(server, tls="implicit", ca_file=str(certificate[0]))
+        if is_good:
+            assert dial_and_send(config) is State.RELAYED
+            return
+        with pytest.raises(NotConnected, match="TLS failed") as caught:
+            Dialler(config).dial()
+        assert caught.value.outcome.phase is Phase.STARTTLS
+    assert server.commands == []
+
+
+@pytest.mark.parametrize("tls", ["starttls", "auto"])
+def test_starttls_that_is_offered_and_refused_ends_the_dial(tls: Any, certificate: Certificate) -> None:
+    script = {"starttls": say("454 4.7.0 TLS not available")}
+    with (
+        ScriptedSmtp(script, tls="starttls", certificate=certificate, credentials=("user", "pass")) as server,
+        pytest.raises(NotConnected, match="TLS not available") as caught,
+    ):
+        Dialler(config_for(server, tls=tls, username="user", password="pass")).dial()
+    assert (caught.value.outcome.phase, caught.value.outcome.reply_code) == (Phase.STARTTLS, 454)
+    assert server.commands == ["EHLO relay.example.org", "STARTTLS"]
+
+
 def test_auth_login_when_plain_is_not_offered() -> None:
     with ScriptedSmtp(extensions=("AUTH LOGIN",), credentials=("user", "pass")) as server:
         assert dial_and_send(config_for(server, username="user", password="pass")) is State.RELAYED
@@ -152,7 +184,11 @@ def test_every_failure_while_opening_defers_and_names_its_phase(
     with ScriptedSmtp({phase: action}, credentials=("user", "pass")) as server:
         started_at = time.monotonic()
         with pytest.raises(OpeningFailed) as caught:
-            Dialler(config_for(server, command_timeout_seconds=0.15, username="user", password="pass")).dial()
+            Dialler(
+                config_for(
+                    server, banner_seconds=0.15, ehlo_seconds=0.15, auth_seconds=0.15, username="user", password="pass"
+                )
+            ).dial()
         assert time.monotonic() - started_at < 1.0
     outcome, trouble = caught.value.outcome, caught.value.trouble
     assert (outcome.state, outcome.reply_code, outcome.phase) == (State.DEFERRED, reply_code, phase)
@@ -186,9 +222,9 @@ def test_all_addresses_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_that_cannot_be_resolved() -> None:
     with pytest.raises(NotConnected, match="cannot be resolved"):
-        Dialler(SmarthostConfig("x" * 70 + ".invalid", 25, tls="off")).dial()
+        Dialler(SmarthostConfig((Host("x" * 70 + ".invalid", 25),), tls="off")).dial()
 
 
 def test_an_unusable_ca_file_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="certificate file"):
-        Dialler(SmarthostConfig("localhost", 25, ca_file=str(tmp_path / "missing.pem")))
+        Dialler(SmarthostConfig((Host("localhost", 25),), ca_file=str(tmp_path / "missing.pem")))

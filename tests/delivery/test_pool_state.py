@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from relay.delivery.pool_state import PoolState
+from relay.delivery.pool_state import GROW_SECONDS, SHRUNK_SECONDS, PoolState
 
 IDLE_SECONDS, AGE_SECONDS, MESSAGES = 5.0, 50.0, 10
 
@@ -130,6 +130,36 @@ def test_held_dials_wait() -> None:
     assert state.begin_dials(2.0) == 1
 
 
+def test_it_shrinks_to_what_there_is_and_grows_again_step_by_step() -> None:
+    state = with_idle(3, size=20)
+    state.dialling += 2
+    state.shrink(0.0)
+    assert repr(state) == "idle 3, reserved 0, busy 0, dialling 2, waiting 0 of 20, 5 for now"
+    state.dial_failed()
+    state.shrink(0.0)
+    state.dial_failed()
+    state.shrink(0.0)
+    for name in "abcdef":
+        state.wait(name, 99.0)
+    assert state.begin_dials(0.0) == 0
+    state.grow(SHRUNK_SECONDS - 0.1)
+    assert state.limit == 3
+    now = SHRUNK_SECONDS
+    limits = []
+    while state.limit < 20:
+        state.grow(now)
+        limits.append(state.limit)
+        now += GROW_SECONDS
+    assert limits == [5, 7, 9, 11, 13, 15, 17, 19, 20]
+
+
+def test_one_connection_is_allowed_in_any_case() -> None:
+    state = state_of()
+    state.shrink(0.0)
+    state.wait("a", 9.0)
+    assert (state.limit, state.begin_dials(0.0)) == (1, 1)
+
+
 def test_closing_hands_out_every_waiter_and_retires_what_comes_back() -> None:
     state = with_idle(2)
     busy = state.acquire(0.0)
@@ -160,7 +190,7 @@ def test_a_random_walk_keeps_the_bound_and_resolves_every_waiter(seed: int) -> N
     def step() -> None:
         nonlocal now, names
         now += walk.choice([0.0, 0.1, 1.0, 6.0]) * walk.random()
-        event = walk.randrange(9)
+        event = walk.randrange(11)
         if event <= 1:
             link = state.acquire(now)
             if link is None:
@@ -192,11 +222,18 @@ def test_a_random_walk_keeps_the_bound_and_resolves_every_waiter(seed: int) -> N
             resolved.update(state.expire(now))
         elif event == 8:
             state.begin_spare_dial()
-        state.begin_dials(now)
+        elif event == 9:
+            state.shrink(now)
+        elif event == 10:
+            state.grow(now)
+        open_before = state.open
+        dials = state.begin_dials(now)
+        assert not dials or open_before + dials <= state.limit, repr(state)
 
     for _ in range(400):
         step()
         assert 0 <= state.open <= size, repr(state)
+        assert 1 <= state.limit <= size, repr(state)
         assert state.busy == busy
         assert not (state.waiters and state.idle), repr(state)
         everywhere = [*state.idle, *state.reserved.values(), *state.busy, *state.retired]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gevent.event import Event
 
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import LoginRefused, NotConnected, OpeningFailed
 from relay.delivery.readiness import ping, wait_for_smtp
 from tests.delivery.conftest import config_for
@@ -45,7 +45,7 @@ def test_what_to_do_about_a_refused_connect() -> None:
 
 def test_what_to_do_about_an_unknown_name() -> None:
     with pytest.raises(NotConnected, match=r"cannot be resolved .*check SMTP_HOST"):
-        ping(SmarthostConfig("x" * 70 + ".invalid", 25, tls="off"))
+        ping(SmarthostConfig((Host("x" * 70 + ".invalid", 25),), tls="off"))
 
 
 def test_what_to_do_about_a_server_that_refuses_noop() -> None:
@@ -59,6 +59,20 @@ def test_a_silent_server_is_given_up_in_time() -> None:
         with pytest.raises(NotConnected, match="did not answer within"):
             ping(config_for(server), timeout_seconds=0.2)
         assert time.monotonic() - started_at < 1.0
+
+
+def test_a_host_that_hangs_does_not_hide_the_next() -> None:
+    with ScriptedSmtp({"banner": stall()}) as first, ScriptedSmtp() as second:
+        config = config_for(first, hosts=(Host("127.0.0.1", first.port), Host("127.0.0.1", second.port)))
+        ping(config, timeout_seconds=0.3)
+    assert second.commands == ["EHLO relay.example.org", "NOOP", "QUIT"]
+
+
+def test_when_no_host_answers_each_is_named() -> None:
+    with ScriptedSmtp({"banner": stall()}) as first, ScriptedSmtp({"ehlo": say("550 5.7.1 not you")}) as second:
+        config = config_for(first, hosts=(Host("127.0.0.1", first.port), Host("127.0.0.1", second.port)))
+        with pytest.raises(NotConnected, match=f"{first.port} did not answer .*; .*{second.port} refused ehlo"):
+            ping(config, timeout_seconds=0.3)
 
 
 def test_the_wait_ends_when_the_server_answers() -> None:

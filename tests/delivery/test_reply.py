@@ -150,7 +150,7 @@ def test_the_text_is_one_printable_bounded_line() -> None:
         (("host",), Extensions()),
         (
             ("host", "PIPELINING", "size 1000", "AUTH PLAIN LOGIN", "STARTTLS", "SMTPUTF8", "8BITMIME", ""),
-            Extensions(True, True, True, True, 1000, frozenset({"PLAIN", "LOGIN"})),
+            Extensions(True, True, True, True, True, 1000, frozenset({"PLAIN", "LOGIN"})),
         ),
         (("host", "SIZE"), Extensions(size=True)),
         (("host", "SIZE 0"), Extensions(size=True)),

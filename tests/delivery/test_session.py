@@ -23,6 +23,7 @@ from tests.support.scripted_smtp import (
     say_and_drop,
     say_bytewise,
     stall,
+    wait,
 )
 
 SENDER = "sender@example.org"
@@ -45,6 +46,11 @@ def session_with(
 
 def transact(session: Session, *forward_paths: str, seconds: float = 5.0) -> list[Outcome]:
     return session.transact(SENDER, forward_paths or (ALICE,), CONTENT, soon(seconds))
+
+
+def was_stale(session: Session) -> bool:
+    """Whether the last transaction may be repeated without counting."""
+    return session.ending is not None and session.ending.is_stale
 
 
 @PIPELINING
@@ -157,7 +163,7 @@ def test_a_stall_before_the_dot_ends_at_the_deadline(phase: str, extensions: tup
 @PIPELINING
 @pytest.mark.parametrize("action", [stall(), drop(), garbage()])
 def test_without_a_reply_to_the_dot_the_mail_is_in_doubt(action: Action, extensions: tuple[str, ...]) -> None:
-    with session_with({"dot": action}, extensions, dot_timeout_seconds=0.2) as (server, session):
+    with session_with({"dot": action}, extensions, dot_seconds=0.2) as (server, session):
         started_at = time.monotonic()
         outcomes = transact(session, ALICE, BOB)
         seconds = time.monotonic() - started_at
@@ -169,11 +175,27 @@ def test_without_a_reply_to_the_dot_the_mail_is_in_doubt(action: Action, extensi
 
 
 def test_the_dot_has_a_time_limit_of_its_own() -> None:
-    with session_with({"dot": stall()}, dot_timeout_seconds=0.3) as (_, session):
-        started_at = time.monotonic()
+    with session_with({"dot": stall()}, dot_seconds=0.1) as (_, session):
+        [outcome] = transact(session)
+        assert not session.is_awaiting_dot
+        assert not session.is_reusable
+    assert (outcome.state, outcome.detail) == (State.IN_DOUBT, "timed out")
+
+
+@PIPELINING
+def test_a_caller_whose_time_is_over_is_told_so_and_the_reply_is_still_taken(extensions: tuple[str, ...]) -> None:
+    with session_with({"dot": wait(0.3)}, extensions) as (server, session):
         [outcome] = transact(session, seconds=0.1)
-        assert time.monotonic() - started_at >= 0.3
-    assert outcome.state is State.IN_DOUBT
+        assert (outcome.state, outcome.phase, outcome.reply_code) == (State.IN_DOUBT, Phase.DOT, None)
+        assert session.is_awaiting_dot
+        assert not session.is_reusable
+        [settled] = session.await_dot()
+        assert (settled.state, settled.reply_code) == (State.RELAYED, 250)
+        assert session.is_reusable
+        assert session.ending is None
+        assert transact(session)[0].state is State.RELAYED
+    assert len(server.mails) == 2
+    assert len(server.connections) == 1
 
 
 def test_content_that_is_not_taken_in_time_defers() -> None:
@@ -219,7 +241,7 @@ def test_a_reused_connection_that_fails_on_its_first_command_is_stale(
     action: Action, extensions: tuple[str, ...]
 ) -> None:
     with session_with({"mail": [say("250 Ok"), action]}, extensions) as (_, session):
-        is_stale = [bool(transact(session)) and session.is_stale for _ in range(2)]
+        is_stale = [bool(transact(session)) and was_stale(session) for _ in range(2)]
         assert not session.is_reusable
     assert is_stale == [False, True]
 
@@ -228,7 +250,7 @@ def test_a_reused_connection_that_fails_on_its_first_command_is_stale(
 def test_a_new_connection_is_never_stale(action: Action) -> None:
     with session_with({"mail": [action]}) as (_, session):
         transact(session)
-        assert not session.is_stale
+        assert not was_stale(session)
 
 
 def test_what_comes_unasked_is_noticed_before_the_next_mail() -> None:

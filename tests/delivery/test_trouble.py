@@ -11,6 +11,7 @@ from relay.delivery.trouble import (
     LocalFailure,
     Probe,
     Radius,
+    Remedy,
     Trouble,
     classify_local,
     classify_reply,
@@ -21,6 +22,7 @@ from relay.delivery.trouble import (
 
 SENDER = "noreply@example.org"
 F, D = State.FAILED, State.DEFERRED
+ANEW = Trouble(D, Radius.CONNECTION, False, remedy=Remedy.ANEW)
 
 
 def reply(text: str) -> Reply:
@@ -36,8 +38,12 @@ def reply(text: str) -> Reply:
     [
         # Amazon SES, "SMTP response codes"
         ("dot", "451 Temporary service failure", Trouble(D, Radius.TRANSACTION)),
-        ("mail", "451 4.4.2 Timeout waiting for data from client.", Trouble(D, Radius.CONNECTION, False)),
-        ("dot", "454 Throttling failure: Maximum sending rate exceeded.", Trouble(D, Radius.TRANSACTION)),
+        ("mail", "451 4.4.2 Timeout waiting for data from client.", ANEW),
+        (
+            "dot",
+            "454 Throttling failure: Maximum sending rate exceeded.",
+            Trouble(D, Radius.TRANSACTION, remedy=Remedy.SLOWER),
+        ),
         (
             "dot",
             "454 Throttling failure: Daily message quota exceeded.",
@@ -53,10 +59,21 @@ def reply(text: str) -> Reply:
         ("dot", "552 Message is too long.", Trouble(F, Radius.TRANSACTION)),
         ("dot", "554 Transaction failed: Duplicate header 'X'", Trouble(F, Radius.TRANSACTION)),
         ("dot", "554 Access denied: User x is not authorized", Trouble(F, Radius.TRANSACTION)),
-        ("banner", "421 Too many concurrent SMTP connections", Trouble(D, Radius.SMARTHOST, False, Probe.NOOP)),
+        (
+            "banner",
+            "421 Too many concurrent SMTP connections",
+            Trouble(D, Radius.SMARTHOST, False, Probe.NOOP, Remedy.FEWER),
+        ),
+        ("mail", "421 Too many concurrent SMTP connections", ANEW._replace(remedy=Remedy.FEWER)),
         # 421 at any point
-        ("rcpt", "421 4.3.2 bye", Trouble(D, Radius.CONNECTION, False)),
-        ("dot", "421 4.3.2 bye", Trouble(D, Radius.CONNECTION, False)),
+        ("banner", "421 4.3.2 not now", Trouble(D, Radius.SMARTHOST, False, Probe.NOOP)),
+        ("rcpt", "421 4.3.2 bye", ANEW),
+        # After the dot it may have been said before the server came to the dot.
+        ("dot", "421 4.3.2 bye", ANEW._replace(remedy=None)),
+        ("dot", "451 4.4.2 Timeout", ANEW._replace(remedy=None)),
+        ("dot", "503 5.5.1 order", ANEW._replace(state=State.IN_DOUBT, remedy=None)),
+        ("mail", "421 4.7.0 too many errors", ANEW),
+        ("mail", "421 Too many messages on this connection", ANEW),
         # the rest of the design's table
         ("banner", "554 no service", Trouble(D, Radius.SMARTHOST, False, Probe.NOOP)),
         ("ehlo", "550 your name", Trouble(D, Radius.SMARTHOST, False, Probe.NOOP)),
@@ -68,9 +85,9 @@ def reply(text: str) -> Reply:
         ("rcpt", "452 4.5.3 too many", Trouble(D, Radius.RECIPIENT)),
         ("rcpt", "552 5.5.3 too many", Trouble(D, Radius.RECIPIENT)),
         ("rcpt", "552 5.2.2 full", Trouble(F, Radius.RECIPIENT)),
-        ("data", "503 5.5.1 order", Trouble(D, Radius.CONNECTION, False)),
+        ("data", "503 5.5.1 order", ANEW),
         ("data", "554 5.5.1 no", Trouble(F, Radius.TRANSACTION)),
-        ("rset", "500 what", Trouble(D, Radius.CONNECTION, False)),
+        ("rset", "500 what", ANEW),
         ("noop", "500 what", Trouble(D, Radius.SMARTHOST, False, Probe.NOOP)),
     ],
 )
@@ -109,14 +126,29 @@ def test_failures_here(phase: Phase, failure: LocalFailure) -> None:
     assert (trouble.state is State.IN_DOUBT) == (phase is Phase.DOT)
     assert (trouble.radius is Radius.SMARTHOST) == (phase in OPENING_PHASES)
     assert (trouble.probe is Probe.NOOP) == (phase in OPENING_PHASES)
+    # What may have been taken is never tried again, nor is a slow server asked once more.
+    is_certain = phase is not Phase.DOT and phase not in OPENING_PHASES and failure is not LocalFailure.TIMEOUT
+    assert (trouble.remedy is Remedy.ANEW) == is_certain
 
 
-@pytest.mark.parametrize("failure", [LocalFailure.TOO_BIG, LocalFailure.NEEDS_SMTPUTF8, LocalFailure.BAD_PATH])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        LocalFailure.TOO_BIG,
+        LocalFailure.NEEDS_SMTPUTF8,
+        LocalFailure.NEEDS_8BITMIME,
+        LocalFailure.NUL,
+        LocalFailure.BAD_PATH,
+    ],
+)
 def test_an_impossible_mail_fails_and_spoils_nothing(failure: LocalFailure) -> None:
     assert classify_local(Phase.MAIL, failure) == Trouble(State.FAILED, Radius.TRANSACTION)
 
 
-@pytest.mark.parametrize("failure", [LocalFailure.NO_CONNECTION, LocalFailure.CLOSING, LocalFailure.CIRCUIT_OPEN])
+@pytest.mark.parametrize(
+    "failure",
+    [LocalFailure.NO_CONNECTION, LocalFailure.NO_ROOM, LocalFailure.CLOSING, LocalFailure.CIRCUIT_OPEN],
+)
 def test_a_mail_that_was_not_begun_is_deferred(failure: LocalFailure) -> None:
     assert classify_local(Phase.POOL, failure) == Trouble(State.DEFERRED, Radius.TRANSACTION)
 
