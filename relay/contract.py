@@ -20,6 +20,9 @@ QUEUE_GROUP: Final = "lfx.email-service.queue"
 RECIPIENTS_BUCKET: Final = "email-recipients"
 """KV bucket: key ``email_id``, value the record of that mail as JSON."""
 
+GROUP_INDEX_BUCKET: Final = "email-group-index"
+"""KV bucket of ``lfx-v2-email-service``: key ``group_id``, value the array of its email_ids. Read, never written."""
+
 LOG_STREAM: Final = "EMAIL_LOG"
 LOG_PREFIX: Final = "lfx.email-service.log"
 """Facts are published to ``<LOG_PREFIX>.<group token>.<fact>``."""
@@ -35,8 +38,12 @@ SEND_EMAIL_FIELDS: Final = (
     "reply_to",
     "group_id",
 )
-STATUS_FIELDS: Final = ("email_id", "group_id")
+STATUS_FIELDS: Final = ("email_id", "group_id", "cursor")
+STATUS_LIMIT_FIELD: Final = "limit"
 ANALYTICS_FIELDS: Final = ("group_id",)
+
+MAX_PAGE_MAILS: Final = 1000
+"""The most, and the usual, mails in one page of a group: ``limit``."""
 
 # -- error strings ------------------------------------------------------------------------
 INVALID_REQUEST_PAYLOAD: Final = "invalid request payload"
@@ -53,6 +60,9 @@ GROUP_ID_REQUIRED: Final = "group_id is required"
 NOT_FOUND: Final = "not found"
 INTERNAL_ERROR: Final = "internal error"
 RESPONSE_TOO_LARGE: Final = "response too large; use limit and cursor"
+INVALID_LIMIT: Final = f"limit must be a whole number from 1 to {MAX_PAGE_MAILS}"
+INVALID_CURSOR: Final = "invalid cursor"
+CURSOR_OF_ANOTHER_GROUP: Final = "the cursor belongs to another group_id"
 
 # -- header fields of a mail ----------------------------------------------------------------
 TRACKING_HEADER: Final = "X-LFX-TRACKING-ID"

@@ -1,98 +1,182 @@
 """The job: one question → one answer. Serves ``get_email_status`` and ``get_email_engagement_analytics``.
 
-Owns the order of the checks and the shapes of the answers; records and counts come from ``tracking``.
+Owns the order of the checks and the shapes of the answers; records, counts and pages come from ``tracking``.
+A question about a large group waits its turn among its like; small ones never queue behind it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
 from relay import contract
-from relay.bus.kv import Bucket
+from relay.bus.jetstream import JetStream
 from relay.bus.service import Handler
 from relay.errors import BusRefused, BusUnavailable, SubmissionRejected
-from relay.submission.request import decode_fields
-from relay.tracking.groups import group_token
-from relay.tracking.log import Fact, Log
-from relay.tracking.record import is_email_id, parse_record
+from relay.submission.request import decode_fields, decode_status_request
+from relay.tracking.log import Fact, facts_of
+from relay.tracking.pages import PIECE_MAILS, Glance, GroupReader, Place, decode_cursor, encode_cursor
+from relay.tracking.record import abridged_record, earliest, last_event_at, latest, new_record, parse_record
 
 log = logging.getLogger("relay.reporting")
+
+PAGE_ROOM_BYTES = len(b'{"records":[],"cursor":""}') + 64
+"""What a page holds beside its records: its cursor has 36 characters."""
+
+ANALYTICS_FACTS = {
+    "delivered": Fact.DELIVERED,
+    "opened": Fact.OPEN,
+    "unique_opened": Fact.OPENED,
+    "failed": Fact.FAILED,
+    "clicked": Fact.CLICK,
+    "unique_clicked": Fact.CLICKED,
+    "bounced": Fact.BOUNCED,
+    "complained": Fact.COMPLAINED,
+    "delayed": Fact.DELAYED,
+    "rejected": Fact.REJECTED,
+}
+"""The fields of an analytics answer that count facts, in their order; the first four are lfx's."""
 
 
 class Reporting:
     """Answers questions about mails and groups. ``max_reply_bytes`` gives what the server takes now."""
 
-    def __init__(self, records: Bucket, facts: Log, max_reply_bytes: Callable[[], int]) -> None:
-        self._records = records
-        self._log = facts
+    def __init__(self, jetstream: JetStream, max_reply_bytes: Callable[[], int]) -> None:
+        self._reader = GroupReader(jetstream)
         self._max_reply_bytes = max_reply_bytes
 
-    def status(self, payload: bytes, _deadline: float) -> bytes:
-        """``get_email_status``: a record by email_id, an array of records by group_id."""
+    def status(self, payload: bytes, deadline: float) -> bytes:
+        """``get_email_status``: a record by email_id, the array of records or a page of them by group_id."""
         try:
-            asked = decode_fields(payload, contract.STATUS_FIELDS)
+            asked = decode_status_request(payload)
+            if asked.email_id and asked.group_id:
+                return _error(contract.ONLY_ONE_OF_EMAIL_ID_OR_GROUP_ID)
+            if asked.email_id:
+                return self._one(asked.email_id)
+            if not asked.group_id:
+                return _error(contract.EMAIL_ID_OR_GROUP_ID_REQUIRED)
+            if asked.limit is None and not asked.cursor:
+                return self._all(asked.group_id, deadline)
+            place = decode_cursor(asked.group_id, asked.cursor) if asked.cursor else Place()
+            return self._page(asked.group_id, place, asked.limit or contract.MAX_PAGE_MAILS, deadline)
         except SubmissionRejected as refusal:
             return _error(refusal.error)
-        email_id, group_id = asked["email_id"], asked["group_id"]
-        if email_id and group_id:
-            return _error(contract.ONLY_ONE_OF_EMAIL_ID_OR_GROUP_ID)
-        if not email_id and not group_id:
-            return _error(contract.EMAIL_ID_OR_GROUP_ID_REQUIRED)
-        try:
-            return self._one(email_id) if email_id else self._group(group_id)
         except (BusUnavailable, BusRefused) as error:
             return _internal(error)
 
-    def analytics(self, payload: bytes, _deadline: float) -> bytes:
-        """``get_email_engagement_analytics``: a group's counts, from one request whatever its size."""
+    def analytics(self, payload: bytes, deadline: float) -> bytes:
+        """``get_email_engagement_analytics``: a group's figures, from as many requests whatever its size.
+
+        But for a group with an array of lfx's: there is no log of it, so its records are counted.
+        """
         try:
             group_id = decode_fields(payload, contract.ANALYTICS_FIELDS)["group_id"]
+            if not group_id:
+                return _error(contract.GROUP_ID_REQUIRED)
+            glance = self._reader.look(group_id, with_times=True)
+            if glance.array is not None:
+                return self._counted(group_id, glance, deadline)
+            if glance.is_known:
+                total = glance.counts[Fact.SENT]
+                return _analytics(group_id, total, glance.counts, glance.first_sent_at, glance.last_event_at)
+            record = self._mail_without_group(group_id)
         except SubmissionRejected as refusal:
             return _error(refusal.error)
-        if not group_id:
-            return _error(contract.GROUP_ID_REQUIRED)
-        try:
-            counts = self._log.counts(group_token(group_id))
-            if counts.get(Fact.SENT):
-                return orjson.dumps(_analytics(group_id, counts))
-            record = self._mail_without_group(group_id)
         except (BusUnavailable, BusRefused) as error:
             return _internal(error)
-        return _error(contract.NOT_FOUND) if record is None else orjson.dumps(_analytics_of_one(record))
+        if record is None:
+            return _error(contract.NOT_FOUND)
+        # A mail in doubt, or found to have failed later, was not sent as far as is known.
+        total = int(not record.get("outcome"))
+        sent_at = earliest(record.get("sent_at")) if total else ""
+        return _analytics(group_id, total, facts_of(record), sent_at, last_event_at(record))
 
     def _one(self, email_id: str) -> bytes:
-        entry = self._records.get(email_id) if is_email_id(email_id) else None
+        entry = self._reader.record(email_id)
         if entry is None:
             return _error(contract.NOT_FOUND)
-        return entry.value if parse_record(entry.value) is not None else _error(contract.INTERNAL_ERROR)
+        if parse_record(entry.value) is None:
+            return _error(contract.INTERNAL_ERROR)
+        room_bytes = self._max_reply_bytes()
+        return entry.value if len(entry.value) <= room_bytes else abridged_record(entry.value, room_bytes)
 
-    def _group(self, group_id: str) -> bytes:
+    def _all(self, group_id: str, deadline: float) -> bytes:
         """The array of the group's records; those that are gone or broken are left out, never an error."""
-        values: list[bytes] = []
-        size_bytes = 2
-        is_known = False
-        for email_ids in self._log.email_ids(group_token(group_id)):
-            is_known = is_known or bool(email_ids)
-            entries = self._records.get_many(email_ids)
-            for email_id in email_ids:
-                entry = entries.get(email_id)
-                if entry is not None and parse_record(entry.value) is not None:
-                    values.append(entry.value)
-                    size_bytes += len(entry.value) + 1
-            if size_bytes > self._max_reply_bytes():
-                return _error(contract.RESPONSE_TOO_LARGE)
-        if not is_known:
+        glance = self._reader.look(group_id)
+        if not glance.is_known:
             record = self._mail_without_group(group_id)
             return _error(contract.NOT_FOUND) if record is None else orjson.dumps([record])
+        # More mails than there is room for the shortest records: said without reading any.
+        if glance.mails * (_shortest_record_bytes(group_id) + 1) > self._max_reply_bytes():
+            return _error(contract.RESPONSE_TOO_LARGE)
+        if glance.mails <= PIECE_MAILS:
+            return self._array(group_id, glance, deadline)
+        with self._reader.traffic.turn(deadline):
+            return self._array(group_id, glance, deadline)
+
+    def _array(self, group_id: str, glance: Glance, deadline: float) -> bytes:
+        values: list[bytes] = []
+        size_bytes = 2
+        for piece in self._reader.group(group_id, glance.array).pieces(deadline):
+            values += [mail.value for mail in piece.mails]
+            size_bytes += sum(len(mail.value) + 1 for mail in piece.mails)
+            if size_bytes > self._max_reply_bytes() + 1:
+                return _error(contract.RESPONSE_TOO_LARGE)
         return b"[" + b",".join(values) + b"]"
+
+    def _page(self, group_id: str, place: Place, limit: int, deadline: float) -> bytes:
+        glance = self._reader.look(group_id)
+        if not glance.is_known:
+            record = self._mail_without_group(group_id)
+            return _error(contract.NOT_FOUND) if record is None else _paged([orjson.dumps(record)], None)
+        if min(limit, glance.mails) <= PIECE_MAILS:
+            return self._page_from(group_id, glance, place, limit, deadline)
+        with self._reader.traffic.turn(deadline):
+            return self._page_from(group_id, glance, place, limit, deadline)
+
+    def _page_from(self, group_id: str, glance: Glance, place: Place, limit: int, deadline: float) -> bytes:
+        """The records of the next ``limit`` mails, or of as many as there is room for."""
+        values: list[bytes] = []
+        room_bytes = self._max_reply_bytes() - PAGE_ROOM_BYTES
+        next_place: Place | None = place
+        for piece in self._reader.group(group_id, glance.array).pieces(deadline, place, limit):
+            for mail in piece.mails:
+                value = mail.value
+                if len(value) + 1 > room_bytes:
+                    if values:
+                        return _paged(values, encode_cursor(group_id, mail.place))
+                    value = abridged_record(value, room_bytes)  # or nobody would ever get beyond this mail
+                values.append(value)
+                room_bytes -= len(value) + 1
+            next_place = piece.next_place
+        return _paged(values, None if next_place is None else encode_cursor(group_id, next_place))
+
+    def _counted(self, group_id: str, glance: Glance, deadline: float) -> bytes:
+        """Analytics of a group of lfx's, from its records: all figures are of the same mails."""
+        if glance.mails <= PIECE_MAILS:
+            return self._count(group_id, glance, deadline)
+        with self._reader.traffic.turn(deadline):
+            return self._count(group_id, glance, deadline)
+
+    def _count(self, group_id: str, glance: Glance, deadline: float) -> bytes:
+        total = 0
+        counts: Counter[str] = Counter()
+        first, last = glance.first_sent_at, glance.last_event_at
+        for piece in self._reader.group(group_id, glance.array).pieces(deadline):
+            total += piece.covered
+            for mail in piece.mails:
+                counts.update(facts_of(mail.record))
+            first = earliest(first, *(mail.record.get("sent_at") for mail in piece.mails))
+            last = latest(last, *(last_event_at(mail.record) for mail in piece.mails))
+        return _analytics(group_id, total, counts, first, last)
 
     def _mail_without_group(self, group_id: str) -> dict[str, Any] | None:
         """A mail sent without a group has its own id as group id: the group is that record."""
-        entry = self._records.get(group_id) if is_email_id(group_id) else None
+        entry = self._reader.record(group_id)
         record = parse_record(entry.value) if entry is not None else None
         return record if record is not None and record.get("group_id") == group_id else None
 
@@ -107,26 +191,25 @@ def status_handler(answer: Callable[[bytes, float], bytes]) -> Handler:
     )
 
 
-def _analytics(group_id: str, counts: dict[str, int]) -> dict[str, Any]:
-    return {
-        "group_id": group_id,
-        "total_sent": counts.get(Fact.SENT, 0),
-        "delivered": counts.get(Fact.DELIVERED, 0),
-        "opened": counts.get(Fact.OPEN, 0),
-        "unique_opened": counts.get(Fact.OPENED, 0),
-        "failed": counts.get(Fact.FAILED, 0),
-    }
+def _analytics(
+    group_id: str, total_sent: int, counts: Mapping[str, int], first_sent_at: str, last_event_at: str
+) -> bytes:
+    answer: dict[str, Any] = {"group_id": group_id, "total_sent": total_sent}
+    answer |= {field: counts.get(fact, 0) for field, fact in ANALYTICS_FACTS.items()}
+    if first_sent_at:
+        answer["first_sent_at"] = first_sent_at
+    if last_event_at:
+        answer["last_event_at"] = last_event_at
+    return orjson.dumps(answer)
 
 
-def _analytics_of_one(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "group_id": record["group_id"],
-        "total_sent": 1,
-        "delivered": int(bool(record.get("delivered"))),
-        "opened": int(record.get("open_count") or 0),
-        "unique_opened": int(bool(record.get("opened"))),
-        "failed": int(bool(record.get("failed"))),
-    }
+def _paged(values: list[bytes], cursor: str | None) -> bytes:
+    return b'{"records":[' + b",".join(values) + b'],"cursor":' + orjson.dumps(cursor) + b"}"
+
+
+def _shortest_record_bytes(group_id: str) -> int:
+    """No record of the group is shorter, whoever wrote it."""
+    return len(new_record(email_id="", group_id=group_id, to="", subject_header="", sent_at="2025-01-15T10:30:00Z"))
 
 
 def _internal(error: Exception) -> bytes:

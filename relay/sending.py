@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import orjson
@@ -66,7 +67,9 @@ class Sending:
             return self._answer_unsent()
         mail = self._compose(request, sender)
         composed = time.perf_counter()
-        (outcome,) = self._smarthost.relay(mail.reverse_path, mail.forward_paths, mail.content, deadline)
+        (outcome,) = self._smarthost.relay(
+            mail.reverse_path, mail.forward_paths, mail.content, deadline, partial(self._settle, mail)
+        )
         handed_over = time.perf_counter()
         if outcome.state in SENT_STATES:
             self._record(mail, outcome)
@@ -110,6 +113,28 @@ class Sending:
             group_id=mail.group_id,
             to=mail.to,
             subject_header=mail.subject_header,
+            at=time.time(),
+            is_relayed=is_relayed,
+            outcome="" if is_relayed else outcome.state.value,
+            remote_id=outcome.remote_id,
+        )
+
+    def _settle(self, mail: Mail, outcomes: list[Outcome]) -> None:
+        """The smarthost has spoken of a mail whose caller was told that it is in doubt: the record says it from now on.
+
+        It may happen before the record of the mail in doubt is written; ``Tracker.settle`` tries again then.
+        """
+        (outcome,) = outcomes
+        fields = {"email_id": mail.email_id, "outcome": outcome.state.value, "reply_code": outcome.reply_code}
+        if outcome.state is State.IN_DOUBT:
+            log.warning("mail stays in doubt: %s", without_addresses(outcome.detail[:200]), extra=fields)
+            return
+        self.counts["settled"] += 1
+        log.info("mail in doubt settled: %s", without_addresses(outcome.detail[:200]), extra=fields)
+        is_relayed = outcome.state is State.RELAYED
+        self._tracker.settle(
+            email_id=mail.email_id,
+            group_id=mail.group_id,
             at=time.time(),
             is_relayed=is_relayed,
             outcome="" if is_relayed else outcome.state.value,

@@ -82,6 +82,53 @@ def _nats_url(value: object) -> object:
     return value
 
 
+def _host_and_port(text: str) -> tuple[str, int]:
+    """``host``, ``host:port``, ``[address]:port`` or a bare IPv6 address; port 0: none is named.
+
+    Raises ``ValueError``.
+    """
+    text = text.strip()
+    name, port = text, ""
+    if text.startswith("["):
+        name, bracket, port = text[1:].partition("]")
+        if not bracket or (port and not re.fullmatch(r":.+", port)):
+            raise ValueError(f"{text[:60]!r} is not [address]:port")
+        port = port.removeprefix(":")
+    elif text.count(":") == 1:
+        name, _, port = text.partition(":")
+        if not port:
+            raise ValueError(f"{text[:60]!r} names no port after its colon")
+    if not re.fullmatch(r"[\w.:%-]+", name):
+        # What has an @ may be a URL with a password.
+        shown = "what is given" if "@" in text else repr(text[:60])
+        raise ValueError(f"{shown} is no host name")
+    if port and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f"{port[:10]!r} is no port (1 to 65535)")
+    return name, int(port or 0)
+
+
+def _smtp_hosts(value: object) -> object:
+    for part in str(value).split(","):
+        _host_and_port(part)
+    return value
+
+
+def _read_secret(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8").removesuffix("\n")
+
+
+def _secret_file(value: str) -> str:
+    if value:
+        try:
+            secret = _read_secret(value)
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+            raise ValueError(f"{value} cannot be read: {why}") from error
+        if not secret or "\n" in secret:
+            raise ValueError(f"{value} must hold one line with the password")
+    return value
+
+
 def _mailbox(value: object) -> object:
     try:
         if value:
@@ -150,6 +197,14 @@ class Settings(BaseSettings):
     relay_send_workers: int = _row(
         Group.RELAY, 2, "Send workers on this host.", "one per core of a small machine", ge=1, le=64
     )
+    relay_status_workers: int = _row(
+        Group.RELAY,
+        1,
+        "Status workers on this host; the first serves the health page.",
+        "one answers thousands of small questions a second, also while large groups are being read",
+        ge=1,
+        le=64,
+    )
     relay_state_dir: Path = _row(
         Group.RELAY, Path("var"), "Directory for supervisord's socket, logs and the development stack's data."
     )
@@ -178,10 +233,20 @@ class Settings(BaseSettings):
     )
 
     # -- the smarthost
-    smtp_host: str = _row(Group.SMTP, "localhost", "Host name of the smarthost.", pattern=r"^[^\s/@]+$")
-    smtp_port: Port = _row(Group.SMTP, 587, "Its port.")
+    smtp_host: Annotated[str, BeforeValidator(_smtp_hosts)] = _row(
+        Group.SMTP,
+        "localhost",
+        "Host name of the smarthost; or several, separated by commas, of which the first that works is used."
+        " Each may have a port of its own: `host:port`.",
+    )
+    smtp_port: Port = _row(Group.SMTP, 587, "Port of the hosts that name none.")
     smtp_username: str = _row(Group.SMTP, "", "User name; AUTH is used when user name and password are both set.")
     smtp_password: SecretStr = _row(Group.SMTP, SecretStr(""), "Password.")
+    smtp_password_file: Annotated[str, AfterValidator(_secret_file)] = _row(
+        Group.SMTP,
+        "",
+        "File that holds the password, instead of `SMTP_PASSWORD`; a line end at its end is no part of it.",
+    )
     smtp_tls: Literal["auto", "starttls", "implicit", "off"] = _row(
         Group.SMTP,
         "auto",
@@ -207,17 +272,35 @@ class Settings(BaseSettings):
     smtp_max_messages_per_connection: int = _row(
         Group.SMTP, 1000, "Mails sent over one connection before it is replaced.", ge=1
     )
-    smtp_connect_timeout_seconds: Seconds = _row(Group.SMTP, 10, "Connecting, TLS, greeting, EHLO and AUTH, each.")
-    smtp_command_timeout_seconds: Seconds = _row(
-        Group.SMTP, 30, "The reply to MAIL, RCPT, DATA and RSET.", "RFC 5321 §4.5.3.2 allows minutes; callers wait"
+    smtp_max_recipients_per_second: float = _row(
+        Group.SMTP,
+        0,
+        "Recipients a second that this host's send workers hand over together; 0: what the smarthost takes"
+        " (it is slowed down for when the smarthost says 454).",
+        "an Amazon SES account's own sending rate is the right value there",
+        ge=0,
+        le=1_000_000,
     )
-    smtp_content_timeout_seconds: Seconds = _row(Group.SMTP, 60, "Writing the content.")
+    smtp_connect_timeout_seconds: Seconds = _row(
+        Group.SMTP, 10, "Resolving the name, and connecting.", "RFC 5321 §4.5.3.2 allows minutes a phase; callers wait"
+    )
+    smtp_banner_timeout_seconds: Seconds = _row(Group.SMTP, 10, "The first 220.")
+    smtp_ehlo_timeout_seconds: Seconds = _row(Group.SMTP, 10, "The reply to EHLO.")
+    smtp_starttls_timeout_seconds: Seconds = _row(Group.SMTP, 10, "The reply to STARTTLS, and the TLS handshake.")
+    smtp_auth_timeout_seconds: Seconds = _row(Group.SMTP, 10, "Each reply while logging in.")
+    smtp_mail_timeout_seconds: Seconds = _row(Group.SMTP, 10, "The reply to MAIL.")
+    smtp_rcpt_timeout_seconds: Seconds = _row(Group.SMTP, 20, "The reply to each RCPT.", "servers look things up here")
+    smtp_data_timeout_seconds: Seconds = _row(Group.SMTP, 20, "The reply to DATA.")
+    smtp_content_timeout_seconds: Seconds = _row(Group.SMTP, 60, "Handing the content to the network.")
     smtp_dot_timeout_seconds: Seconds = _row(
         Group.SMTP,
-        60,
-        "The reply to the final dot; without it the mail is in doubt.",
-        "shorter turns slow mail into doubt",
+        120,
+        "The reply to the final dot. The caller is told `in_doubt` after SEND_TIMEOUT_SECONDS; the record is"
+        " settled when the reply comes.",
+        "the RFC's 10 minutes would keep a hung server's connections taken for as long",
     )
+    smtp_rset_timeout_seconds: Seconds = _row(Group.SMTP, 5, "The reply to RSET, and to NOOP.")
+    smtp_quit_timeout_seconds: Seconds = _row(Group.SMTP, 1, "The reply to QUIT.", "nothing depends on it")
     smtp_wait_exit: Boolean = _row(
         Group.SMTP,
         False,
@@ -273,6 +356,32 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
         return {name: value for name, value in values.items() if value != "" or name.lower() in DOMAIN_LISTS}
+
+    @model_validator(mode="after")
+    def _one_password(self) -> Settings:
+        if self.smtp_password_file and self.smtp_password.get_secret_value():
+            raise ValueError("both SMTP_PASSWORD and SMTP_PASSWORD_FILE are set; unset one of them")
+        return self
+
+    @property
+    def smtp_hosts(self) -> tuple[tuple[str, int], ...]:
+        """The smarthost's hosts with their ports, in order of preference."""
+        return tuple((name, port or self.smtp_port) for name, port in map(_host_and_port, self.smtp_host.split(",")))
+
+    @property
+    def smarthost(self) -> str:
+        """The smarthost's hosts in one line, for people."""
+        return ", ".join(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name, port in self.smtp_hosts)
+
+    @property
+    def smtp_secret(self) -> str:
+        """The password, wherever it comes from. Raises ``ConfigError`` when its file cannot be read any more."""
+        if not self.smtp_password_file:
+            return self.smtp_password.get_secret_value()
+        try:
+            return _read_secret(self.smtp_password_file)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"SMTP_PASSWORD_FILE cannot be read: {error}") from error
 
     @property
     def sender(self) -> str:
@@ -354,7 +463,9 @@ def _in_words(error: ValidationError) -> str:
         name = str(problem["loc"][0]).upper() if problem["loc"] else "settings"
         told = problem["msg"].removeprefix("Value error, ")
         given = problem.get("input")
-        shown = "" if "PASSWORD" in name or "URL" in name else f" (it is {str(given)[:60]!r})"
+        # A rule about several settings is given all of them, the secrets too.
+        is_secret = not problem["loc"] or "PASSWORD" in name or "URL" in name or "@" in str(given)
+        shown = "" if is_secret else f" (it is {str(given)[:60]!r})"
         hint = ""
         if isinstance(given, str) and given.startswith("tcp://"):
             hint = "; Kubernetes injected this for a service of that name: set enableServiceLinks: false"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gevent
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.bus.service import Service
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.delivery.smarthost import Smarthost
 from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
@@ -43,14 +45,12 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
     """Makes the job with all its real parts."""
     smarthosts: list[Smarthost] = []
 
-    def make(configuration_set: str = "", **policy: Any) -> Sending:
+    def make(configuration_set: str = "", dot_seconds: float = 0.5, **policy: Any) -> Sending:
         config = SmarthostConfig(
-            host="127.0.0.1",
-            port=smtp.port,
+            hosts=(Host("127.0.0.1", smtp.port),),
             tls="off",
             pool_size=4,
-            command_timeout_seconds=0.5,
-            dot_timeout_seconds=0.5,
+            timeouts=Timeouts(mail_seconds=0.5, rcpt_seconds=0.5, data_seconds=0.5, dot_seconds=dot_seconds),
         )
         smarthost = Smarthost(config, default_sender="noreply@example.org")
         smarthosts.append(smarthost)
@@ -118,7 +118,7 @@ OUTCOMES = [
     ("mail", say("501 Invalid MAIL FROM address provided"), "failed", False, 501, ""),
     ("data", say("451 4.3.0 try later"), "deferred", True, 451, "4.3.0"),
     ("dot", say("552 5.3.4 Message is too long"), "failed", False, 552, "5.3.4"),
-    ("dot", say("454 Throttling failure: Maximum sending rate exceeded."), "deferred", True, 454, ""),
+    ("dot", say("454 Temporary service failure"), "deferred", True, 454, ""),
     ("rcpt", drop(), "deferred", True, None, ""),
     ("dot", drop(), "in_doubt", False, None, ""),
     ("dot", stall(), "in_doubt", False, None, ""),
@@ -154,6 +154,42 @@ def test_what_the_caller_is_told(
         assert record["outcome"] == "in_doubt"
     else:
         assert "email_id" not in reply
+
+
+@pytest.mark.parametrize(
+    ("late", "outcome", "facts"),
+    [
+        ("250 Ok 0100018c-ses-id-000001", "", {"sent": 1}),
+        ("554 5.6.0 no", "failed", {}),
+        ("451 4.3.0 try later", "deferred", {}),
+    ],
+)
+def test_a_mail_in_doubt_is_settled_by_what_comes(
+    new_sending: Callable[..., Sending],
+    smtp: ScriptedSmtp,
+    jetstream: JetStream,
+    late: str,
+    outcome: str,
+    facts: dict[str, int],
+) -> None:
+    smtp.change({"dot": dataclasses.replace(say(late), wait_seconds=0.4)})
+    sending = new_sending(dot_seconds=5.0)
+    group_id = f"settled-{time.monotonic_ns()}"
+    reply = json.loads(sending.answer(json.dumps(MAIL | {"group_id": group_id}).encode(), time.monotonic() + 0.2))
+    assert (reply["outcome"], reply["retryable"]) == ("in_doubt", False)
+    record = record_of(jetstream, reply["email_id"])
+    assert record is not None
+    assert record["outcome"] == "in_doubt"
+    assert Log(jetstream).counts(group_id) == {}
+    with gevent.Timeout(5):
+        while record.get("outcome") == "in_doubt":
+            gevent.sleep(0.02)
+            record = record_of(jetstream, reply["email_id"])
+            assert record is not None
+    assert record.get("outcome", "") == outcome
+    assert record.get("remote_id", "") == ("0100018c-ses-id-000001" if not outcome else "")
+    assert Log(jetstream).counts(group_id) == facts
+    assert (sending.counts["in_doubt"], sending.counts["settled"]) == (1, 1)
 
 
 def test_what_the_smarthost_says_of_an_address_is_logged_redacted(

@@ -95,6 +95,8 @@ BAD = {
     "SES_CONFIGURATION_SET": "a\r\nBcc: b@example.com",
     "SMTP_HELO_NAME": "a b",
     "SMTP_HOST": "smtp://example.com",
+    "SMTP_PASSWORD_FILE": "/nonexistent/secret",
+    "SMTP_MAX_RECIPIENTS_PER_SECOND": "-1",
     "TRACKING_STORAGE": "tape",
     "DEFAULT_SMTP_FROM": "nobody",
     "SMTP_CA_FILE": "/no/such/file.pem",
@@ -122,6 +124,62 @@ def test_each_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch, name: str)
 def test_a_reply_prefix_that_would_open_more_than_inboxes(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     with pytest.raises(ConfigError, match="RELAY_REPLY_PREFIXES"):
         loaded(monkeypatch, RELAY_REPLY_PREFIXES=value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hosts"),
+    [
+        ("smtp.example.com", [("smtp.example.com", 587)]),
+        ("a.example.com, b.example.com:2525", [("a.example.com", 587), ("b.example.com", 2525)]),
+        (
+            "[2001:db8::1]:25,2001:db8::2, [2001:db8::3]",
+            [("2001:db8::1", 25), ("2001:db8::2", 587), ("2001:db8::3", 587)],
+        ),
+    ],
+)
+def test_several_smarthosts(monkeypatch: pytest.MonkeyPatch, value: str, hosts: list[tuple[str, int]]) -> None:
+    assert list(loaded(monkeypatch, SMTP_HOST=value).smtp_hosts) == hosts
+
+
+def test_smarthosts_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = loaded(monkeypatch, SMTP_HOST="a.example.com,2001:db8::2")
+    assert settings.smarthost == "a.example.com:587, [2001:db8::2]:587"
+
+
+@pytest.mark.parametrize(
+    "value", [",", "a,", "a:0", "a:65536", "a:x", "a:", "a b", "user@a", "[::1", "[::1]25", "[::1]:", "http://a"]
+)
+def test_what_is_no_smarthost(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    with pytest.raises(ConfigError, match="1 setting is wrong\n  SMTP_HOST: "):
+        loaded(monkeypatch, SMTP_HOST=value)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_the_password_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, end: str) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(f" hunter2 {end}".encode())
+    settings = loaded(monkeypatch, SMTP_PASSWORD_FILE=str(file))
+    assert settings.smtp_secret == " hunter2 "
+    assert "hunter2" not in repr(settings)
+    file.unlink()
+    with pytest.raises(ConfigError, match="SMTP_PASSWORD_FILE cannot be read"):
+        _ = settings.smtp_secret
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two\nlines\n", b"\xff"])
+def test_what_is_no_password_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "secret"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match="SMTP_PASSWORD_FILE: "):
+        loaded(monkeypatch, SMTP_PASSWORD_FILE=str(file))
+
+
+def test_two_passwords_are_one_too_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("hunter2")
+    with pytest.raises(ConfigError, match="both SMTP_PASSWORD and SMTP_PASSWORD_FILE are set") as error:
+        loaded(monkeypatch, SMTP_PASSWORD="hunter3", SMTP_PASSWORD_FILE=str(file))
+    assert "hunter" not in str(error.value)
 
 
 def test_a_reply_prefix_may_end_in_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,9 @@ class SendWorker:
         self._service.wait_answered(timeout_seconds)
         self._smarthost.close(deadline)
         # What was cut just now is in doubt: its record and its reply are still to be written.
-        self._service.wait_answered(self._context.settings.tracking_ack_seconds + SETTLE_SECONDS)
+        deadline = time.monotonic() + self._context.settings.tracking_ack_seconds + SETTLE_SECONDS
+        self._service.wait_answered(deadline - time.monotonic())
+        self._smarthost.wait_settled(max(0.0, deadline - time.monotonic()))
         self._tracker.stop()
 
 

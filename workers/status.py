@@ -1,4 +1,4 @@
-"""The status worker: answers questions about mails and groups, and serves the health page on PORT."""
+"""The status worker: answers questions about mails and groups. The first of them serves the health page on PORT."""
 
 from gevent import monkey
 
@@ -11,7 +11,6 @@ import gevent
 
 from relay import contract
 from relay.bus.jetstream import JetStream
-from relay.bus.kv import Bucket
 from relay.ops.figures import micro_service, status_figures
 from relay.ops.health import HealthServer
 from relay.ops.parts import service
@@ -19,8 +18,8 @@ from relay.ops.process import Context, run
 from relay.ops.waiting import serve_when_tracked
 from relay.reporting import Reporting, status_handler
 from relay.submission.admission import Admission
-from relay.tracking.log import Log
 
+HEALTH_PROGRAM = "status"
 WORKED_ON_AT_ONCE = 50
 
 
@@ -33,8 +32,7 @@ class StatusWorker:
         self._jetstream = JetStream(context.bus)
         self._off_reason = "not connected yet"
         self._serving = gevent.Greenlet()
-        records = Bucket(self._jetstream, contract.RECIPIENTS_BUCKET)
-        reporting = Reporting(records, Log(self._jetstream), lambda: context.bus.max_payload_bytes)
+        reporting = Reporting(self._jetstream, lambda: context.bus.max_payload_bytes)
         gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, WORKED_ON_AT_ONCE)
         answers = {
             contract.GET_EMAIL_STATUS: reporting.status,
@@ -46,8 +44,10 @@ class StatusWorker:
         self._micro_service = micro_service(
             context, self._services, lambda: status_figures(self._services, self._off_reason)
         )
-        self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness)
-        self._health.start()
+        self._health: HealthServer | None = None
+        if context.program == HEALTH_PROGRAM:
+            self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness)
+            self._health.start()
 
     def start(self) -> None:
         self._micro_service.start()
@@ -72,7 +72,8 @@ class StatusWorker:
         deadline = time.monotonic() + timeout_seconds
         for each in self._services:
             each.wait_answered(max(0.0, deadline - time.monotonic()))
-        self._health.stop()
+        if self._health is not None:
+            self._health.stop()
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def _is_fine(problem: str | None) -> bool | None:
 
 
 def _smarthost(snapshot: Snapshot) -> str:
-    return f"{snapshot.started.get('smtp_host', '')}:{snapshot.started.get('smtp_port', '')}"
+    return str(snapshot.started.get("smarthost", ""))
 
 
 def _program(status: ProgramStatus, snapshot: Snapshot) -> dict[str, Any]:
@@ -145,6 +145,7 @@ def render(snapshot: Snapshot) -> RenderableType:
     problem = snapshot.smtp_problem
     parts.append(_line("SMTP", f"{smarthost}: {problem}" if problem else problem, smarthost))
     parts.append(_line("Health", "", f"port {snapshot.started.get('port')}; state in {snapshot.state_dir}"))
+    parts += [Text(note, style=WAITING) for note in _constraints(fleet.here)]
     if fleet.elsewhere:
         parts.append(
             Text(f"{fleet.elsewhere} more workers of the queue group answered: of another relay, or on another host")
@@ -159,6 +160,26 @@ def _line(what: str, problem: str | None, otherwise: str) -> Text:
     if problem is None:
         return Text.assemble((f"{what:<9}", "bold"), ("unknown: no worker answers", WAITING))
     return Text.assemble((f"{what:<9}", "bold"), (f"failed: {plain(problem)}", BAD) if problem else otherwise)
+
+
+def _constraints(here: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each thing that the smarthost asked for and that holds mail back, and for each host set aside."""
+    notes = []
+    for name, figures in sorted(here.items()):
+        pool = figures.get("pool", {})
+        if pool.get("rate_lowered"):
+            rate, waiting = pool["rate_per_second"], pool["rate_waiting"]
+            notes.append(f"{name} is throttled by the smarthost: {rate:g} recipients/s for now, {waiting} mails wait")
+        elif pool.get("rate_waiting"):
+            rate, waiting = pool["rate_per_second"], pool["rate_waiting"]
+            notes.append(f"{name} is at its sending rate: {rate:g} recipients/s, {waiting} mails wait")
+        if pool.get("limit", pool.get("max")) != pool.get("max"):
+            notes.append(f"{name} was told to use fewer connections: {pool['limit']} of {pool['max']} for now")
+        # A smarthost's only host is never set aside: that is what the circuit is for.
+        hosts = pool.get("hosts", [])
+        aside = [each for each in hosts if each["set_aside"]] if len(hosts) > 1 else []
+        notes += [f"{name} does not use {each['host']}: {plain(each['set_aside'])}" for each in aside]
+    return notes
 
 
 def _table(snapshot: Snapshot) -> Table:

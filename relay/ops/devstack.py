@@ -30,13 +30,14 @@ class DevStack:
 
     def __init__(self, settings: Settings) -> None:
         url = urlsplit(settings.nats_url)
-        if url.hostname not in LOOPBACK or settings.smtp_host not in LOOPBACK:
+        (smtp_host, smtp_port), *other_hosts = settings.smtp_hosts
+        if other_hosts or not LOOPBACK.issuperset({url.hostname, smtp_host}):
             raise ConfigError(
                 "--dev starts its own NATS and SMTP servers on 127.0.0.1, but NATS_URL or SMTP_HOST names another"
                 " host; unset them, or leave out --dev"
             )
         self.nats_port = url.port or 4222
-        self.smtp_port = settings.smtp_port
+        self.smtp_port = smtp_port
         self._directory = settings.relay_state_dir.resolve() / "nats"
 
     def nats_command(self) -> list[str]:

@@ -18,7 +18,7 @@ from relay.ops.process import Context
 from relay.sending import Sending
 from relay.tracking.tracker import Tracker
 
-OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent")
+OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")
 
 
 def micro_service(
@@ -61,7 +61,12 @@ def send_figures(
         "last_error": sending.last_error,
         "pool": pool,
         "circuit": circuit,
-        "tracking": {"off_reason": tracker.off_reason, "tracked": tracker.tracked, "lost": tracker.lost},
+        "tracking": {
+            "off_reason": tracker.off_reason,
+            "tracked": tracker.tracked,
+            "lost": tracker.lost,
+            "unsettled": tracker.unsettled,
+        },
     }
 
 

@@ -6,7 +6,7 @@ import platform
 
 from relay import contract
 from relay.bus.service import Gate, Handler, Service
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.ops.process import Context
 from relay.settings import Settings
 from relay.submission.policy import Policy
@@ -28,10 +28,9 @@ def policy(settings: Settings) -> Policy:
 def smarthost_config(settings: Settings) -> SmarthostConfig:
     """The smarthost and its connections."""
     return SmarthostConfig(
-        host=settings.smtp_host,
-        port=settings.smtp_port,
+        hosts=tuple(Host(name, port) for name, port in settings.smtp_hosts),
         username=settings.smtp_username,
-        password=settings.smtp_password.get_secret_value(),
+        password=settings.smtp_secret,
         helo_name=settings.smtp_helo_name or platform.node() or "localhost",
         tls=settings.smtp_tls,
         tls_verify=settings.smtp_tls_verify,
@@ -40,10 +39,22 @@ def smarthost_config(settings: Settings) -> SmarthostConfig:
         idle_seconds=settings.smtp_idle_seconds,
         max_age_seconds=settings.smtp_max_connection_age_seconds,
         max_messages=settings.smtp_max_messages_per_connection,
-        connect_timeout_seconds=settings.smtp_connect_timeout_seconds,
-        command_timeout_seconds=settings.smtp_command_timeout_seconds,
-        content_timeout_seconds=settings.smtp_content_timeout_seconds,
-        dot_timeout_seconds=settings.smtp_dot_timeout_seconds,
+        # Every send worker of this host has its share: the queue group hands requests out evenly.
+        max_recipients_per_second=settings.smtp_max_recipients_per_second / settings.relay_send_workers,
+        timeouts=Timeouts(
+            connect_seconds=settings.smtp_connect_timeout_seconds,
+            banner_seconds=settings.smtp_banner_timeout_seconds,
+            ehlo_seconds=settings.smtp_ehlo_timeout_seconds,
+            starttls_seconds=settings.smtp_starttls_timeout_seconds,
+            auth_seconds=settings.smtp_auth_timeout_seconds,
+            mail_seconds=settings.smtp_mail_timeout_seconds,
+            rcpt_seconds=settings.smtp_rcpt_timeout_seconds,
+            data_seconds=settings.smtp_data_timeout_seconds,
+            content_seconds=settings.smtp_content_timeout_seconds,
+            dot_seconds=settings.smtp_dot_timeout_seconds,
+            rset_seconds=settings.smtp_rset_timeout_seconds,
+            quit_seconds=settings.smtp_quit_timeout_seconds,
+        ),
     )
 
 

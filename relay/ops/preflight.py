@@ -6,16 +6,18 @@ for making the bucket and the log when they are missing (as the first worker wou
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from relay import contract
 from relay.bus.client import Bus, without_password
-from relay.bus.jetstream import JetStream
+from relay.bus.jetstream import JetStream, old_server_problem
 from relay.bus.kv import Bucket
+from relay.delivery.config import SmarthostConfig
 from relay.delivery.readiness import ping
-from relay.errors import BusRefused, BusUnavailable, EgressUnavailable, RelayError
+from relay.errors import BusRefused, BusUnavailable, ConfigError, EgressUnavailable, RelayError
 from relay.ops.parts import smarthost_config, storage_config
 from relay.ops.supervision import Supervision, check_port_free
 from relay.settings import Settings, unknown_names
@@ -23,7 +25,6 @@ from relay.tracking.log import Log
 from relay.tracking.storage import why_unusable
 
 CONNECT_SECONDS = 3.0
-LEAST_NATS_SERVER = (2, 12)
 
 
 class Finding(NamedTuple):
@@ -44,7 +45,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield Finding("settings", not unknown, detail, is_warning=bool(unknown))
     yield from _this_host(settings)
     yield from _nats(settings)
-    yield _smarthost(settings)
+    yield from _smarthost(settings)
 
 
 def _this_host(settings: Settings) -> Iterator[Finding]:
@@ -98,25 +99,30 @@ def _jetstream(bus: Bus, settings: Settings) -> Finding:
     return Finding("JetStream", True, f"bucket {contract.RECIPIENTS_BUCKET} and log {contract.LOG_STREAM} are there")
 
 
-def _smarthost(settings: Settings) -> Finding:
-    where = f"{settings.smtp_host}:{settings.smtp_port}"
+def _smarthost(settings: Settings) -> Iterator[Finding]:
     if not settings.email_enabled:
-        return Finding("SMTP", False, f"{where} not asked: EMAIL_ENABLED is false, so no mail is sent", is_warning=True)
+        detail = f"{settings.smarthost} not asked: EMAIL_ENABLED is false, so no mail is sent"
+        yield Finding("SMTP", False, detail, is_warning=True)
+        return
+    problems: dict[str, str] = {}
     try:
-        ping(smarthost_config(settings))
-    except (EgressUnavailable, RelayError) as error:
-        return Finding("SMTP", False, str(error))
+        config = smarthost_config(settings)
+        for host in config.hosts:
+            problems[str(host)] = _ping_problem(dataclasses.replace(config, hosts=(host,)))
+    except ConfigError as error:
+        yield Finding("SMTP", False, str(error))
+        return
     login = f"logged in as {settings.smtp_username}" if settings.smtp_username else "without login"
-    return Finding("SMTP", True, f"{where} takes mail, {login}")
+    # As long as one works mail goes out.
+    is_warning = not all(problems.values())
+    for where, problem in problems.items():
+        what = "SMTP" if len(problems) == 1 else f"SMTP {where}"
+        yield Finding(what, not problem, problem or f"{where} takes mail, {login}", bool(problem) and is_warning)
 
 
-def old_server_problem(version: str) -> str:
-    """What an older nats-server lacks, '' for one that is new enough."""
+def _ping_problem(config: SmarthostConfig) -> str:
     try:
-        parts = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
-    except ValueError:
-        return ""
-    if parts >= LEAST_NATS_SERVER:
-        return ""
-    least = ".".join(map(str, LEAST_NATS_SERVER))
-    return f"nats-server {version} is older than {least}: tracking needs its batch reads; update the server"
+        ping(config)
+    except EgressUnavailable as error:
+        return str(error)
+    return ""

@@ -122,7 +122,7 @@ def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event) -> None:
 
 
 def _shut_down(worker: Worker, bus: Bus, presence: Presence, drain_seconds: float) -> None:
-    """Takes ``drain_seconds`` and less than ``SHUTDOWN_MARGIN_SECONDS`` more, whatever hangs."""
+    """Takes ``drain_seconds``, one record's time and less than ``SHUTDOWN_MARGIN_SECONDS`` more, whatever hangs."""
     deadline = time.monotonic() + drain_seconds
     log.info("stopping: no more requests are taken")
     presence.draining()

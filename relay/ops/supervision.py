@@ -79,7 +79,9 @@ def programs(settings: Settings, dev: DevStack | None) -> list[Program]:
         Program(f"send-{number}", _worker("send", f"send-{number}"), 20)
         for number in range(1, settings.relay_send_workers + 1)
     )
-    listed.append(Program("status", _worker("status", "status"), 30))
+    # The first one serves the health page, and keeps the name that it has when it is the only one.
+    names = ["status", *(f"status-{number}" for number in range(2, settings.relay_status_workers + 1))]
+    listed.extend(Program(name, _worker("status", name), 30) for name in names)
     return listed
 
 
@@ -222,7 +224,8 @@ class Supervision:
             "directory": _working_directory(self.state_dir),
             "log_max_bytes": "0" if foreground else LOG_MAX_BYTES,
             "log_backups": "0" if foreground else "3",
-            "stop_wait_seconds": math.ceil(settings.drain_seconds) + SHUTDOWN_MARGIN_SECONDS,
+            "stop_wait_seconds": math.ceil(settings.drain_seconds + settings.tracking_ack_seconds)
+            + SHUTDOWN_MARGIN_SECONDS,
         }
         parts = [Template(head).substitute({key: _escaped(value) for key, value in shared.items()})]
         for program in listed:
@@ -241,6 +244,7 @@ class Supervision:
             "port": settings.port,
             "smtp_host": settings.smtp_host,
             "smtp_port": settings.smtp_port,
+            "smarthost": settings.smarthost,
             "email_enabled": settings.email_enabled,
             "drain_seconds": settings.drain_seconds,
             "programs": {program.name: program.port for program in listed},
@@ -397,7 +401,7 @@ def _listed(pids: dict[str, int]) -> str:
 
 def is_worker(program: str) -> bool:
     """Whether the program is one of ours that answers over NATS."""
-    return program == "status" or program.startswith("send-")
+    return program == "status" or program.startswith(("send-", "status-"))
 
 
 def has_failed(status: ProgramStatus) -> bool:

@@ -60,6 +60,8 @@ def serve_when_tracked(
             first_try.set()
 
     def serve() -> None:
+        if problem := jetstream.server_problem:
+            log.warning("%s", problem)
         wait_for_storage(jetstream, storage_config(context.settings), tell)
         for service in services:
             service.start()

@@ -3,8 +3,8 @@
 Owns the syntax. What is accepted is what Go's ``net/mail.ParseAddress`` accepts, since callers are used to it:
 RFC 5322 §3.4 with comments, quoted names, encoded words (RFC 2047) and a group of one, and UTF-8 wherever RFC
 6532 allows it. On top of that comes what RFC 5321 needs on the wire: a domain in A-labels (RFC 5891, mapped by
-UTS 46), the lengths of §4.5.3.1 and no control character anywhere. Which domains are welcome is left to
-``policy``, SMTPUTF8 to delivery.
+UTS 46), the lengths of §4.5.3.1, no control character anywhere, and no encoded word in the mailbox. Which domains
+are welcome is left to ``policy``, SMTPUTF8 to delivery.
 
 The texts of ``AddressInvalid`` never repeat the address: they end up in logs.
 """
@@ -67,7 +67,7 @@ def parse_address(text: str) -> Address:
     """
     if len(text) <= PATH_LIMIT_BYTES and (plain := _PLAIN.fullmatch(text)):
         local_part, domain = plain.groups()
-        if len(local_part) <= LOCAL_PART_LIMIT_BYTES:
+        if len(local_part) <= LOCAL_PART_LIMIT_BYTES and "=?" not in local_part:
             return Address("", local_part, domain.lower())
     if len(text) > TEXT_LIMIT_CHARACTERS:
         raise AddressInvalid(f"the address and its name are longer than {TEXT_LIMIT_CHARACTERS} characters")
@@ -119,6 +119,9 @@ def _mailbox(display_name: str, local_content: str, domain: str) -> Address:
     """Checks what only the wire forbids, and quotes the local part again where needed."""
     if _NEVER_IN_LOCAL_PART.search(local_content):
         raise AddressInvalid("the local part has a control character")
+    # RFC 2047 §5 allows none there, but some who read header fields decode it, to a line end or an '@' of its own.
+    if _ENCODED_WORD.search(f"{local_content}@{domain}"):
+        raise AddressInvalid("the address has an encoded word in it")
     if _DOT_ATOM.fullmatch(local_content):
         local_part = local_content
     else:

@@ -24,6 +24,8 @@ TOKEN_LIMIT_BYTES: Final = 900
 
 _CONTROL: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _NOT_PRINTABLE_ASCII: Final = re.compile("[^ -~]")
+# A name of nothing but encoded words (RFC 2047 §2), and a mailbox in angle brackets.
+_ENCODED_NAME: Final = re.compile(r"(?:=\?[!->@-~]+\?[BbQq]\?[!->@-~]*\?= *)+<[^<>?]+>")
 
 # RFC 2047 §5 (3): what may stand for itself in any encoded word, also in a display name.
 _Q_SAFE: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789!*+-/"
@@ -47,10 +49,14 @@ def unstructured(name: str, value: str) -> str:
 def mailbox_as_given(name: str, text: str, address: Address) -> str:
     """The line or lines of an address field that holds what the caller wrote, where that can stand in a header.
 
-    ``address`` is ``text`` parsed; it is written anew when ``text`` is not printable ASCII or is too long for a line.
+    ``address`` is ``text`` parsed; it is written anew when ``text`` is not printable ASCII, is too long for a line, or
+    has what somebody may take for an encoded word and we did not.
     """
     # The name is looked at too, for an encoded word may hold a line end.
     is_clean = text.isascii() and text.isprintable() and address.display_name.isprintable()
+    if "=?" in text:
+        # Some decode them in comments, in quoted strings, with spaces inside: a line end could hide in any of these.
+        is_clean = is_clean and "=?" not in address.display_name and _ENCODED_NAME.fullmatch(text) is not None
     if is_clean and len(name) + 2 + len(text) <= LINE_LIMIT_BYTES:
         return f"{name}: {text}"
     return mailbox(name, address.display_name, address)

@@ -1,4 +1,4 @@
-"""The request: from the payload's bytes to a ``SendRequest``, with exactly the latitude that callers are used to.
+"""Requests: from the payload's bytes to typed values, with exactly the latitude that callers are used to.
 
 Owns how JSON (RFC 8259) is read. The service that Relay replaces reads it with Go's ``encoding/json`` into a
 struct of strings, so that package's rules are the contract: names match exactly or else by case folding,
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Final, NamedTuple, NoReturn
 
 import orjson
@@ -54,6 +55,40 @@ def decode_send_request(payload: bytes) -> SendRequest:
         return request
     missing = contract.SEND_EMAIL_FIELDS[request.index("")]
     raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")
+
+
+class StatusRequest(NamedTuple):
+    """A ``get_email_status`` request; '' where the caller gave nothing."""
+
+    email_id: str
+    group_id: str
+    cursor: str
+    limit: int | None
+    """Mails in a page; None when the caller gave no limit."""
+
+
+def decode_status_request(payload: bytes) -> StatusRequest:
+    """The question in ``payload``. Which of the ids are set is not judged.
+
+    Raises ``SubmissionRejected`` with ``INVALID_REQUEST_PAYLOAD``, or with ``INVALID_LIMIT`` for anything but null or
+    an integer from 1 to ``MAX_PAGE_MAILS``.
+    """
+    fields = decode_fields(payload, contract.STATUS_FIELDS)
+    return StatusRequest(**fields, limit=_decode_limit(payload))
+
+
+def _decode_limit(payload: bytes) -> int | None:
+    if b"limit" not in payload.lower() and b"\\u" not in payload:
+        return None
+    limit: object = None
+    for name, value in _members(payload, _LIMIT_DECODER):
+        if value is not None and name.lower() == contract.STATUS_LIMIT_FIELD:
+            limit = value
+    if limit is None:
+        return None
+    if type(limit) is int and 1 <= limit <= contract.MAX_PAGE_MAILS:
+        return limit
+    raise SubmissionRejected(contract.INVALID_LIMIT, contract.STATUS_LIMIT_FIELD)
 
 
 def decode_fields(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
@@ -120,6 +155,11 @@ def _number(_digits: str) -> int:
     return 0
 
 
+def _small_number(digits: str) -> int:
+    """An integer as far as a limit may go; a longer one is never computed, and is no limit."""
+    return int(digits) if len(digits) <= 9 else 0
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
@@ -127,23 +167,14 @@ def _refuse_constant(name: str) -> NoReturn:
 _SLOW_DECODER: Final = json.JSONDecoder(
     object_pairs_hook=_Members, parse_int=_number, parse_float=_number, parse_constant=_refuse_constant
 )
+_LIMIT_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=_Members, parse_int=_small_number, parse_float=str, parse_constant=_refuse_constant
+)
 
 
 def _decode_slowly(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
-    try:
-        # Each undecodable byte becomes one lone surrogate: an error outside strings, one U+FFFD inside, as in Go.
-        decoded = _SLOW_DECODER.decode(payload.decode("utf-8", "surrogateescape"))
-    except ValueError as error:
-        raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, "", "the payload is not valid JSON") from error
-    except RecursionError as error:
-        # Go stops at 10,000 levels, this parser at about 1,000 (in 3.11); no request needs more than one.
-        raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, "", "the payload is nested too deeply") from error
     result = dict.fromkeys(fields, "")
-    if decoded is None:
-        return result
-    if not isinstance(decoded, _Members):
-        _reject("", "the payload is not a JSON object")
-    for name, value in decoded:
+    for name, value in _members(payload, _SLOW_DECODER):
         field = name if name in result else _folded(name)
         if field not in result or value is None:
             continue
@@ -151,3 +182,20 @@ def _decode_slowly(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
             _reject(field, f"{field} must be a string")
         result[field] = _LONE_SURROGATE.sub("\ufffd", value)
     return result
+
+
+def _members(payload: bytes, decoder: json.JSONDecoder) -> Iterator[tuple[str, object]]:
+    """The members of the object in ``payload``, in document order, repeated names included; none of a ``null``."""
+    try:
+        # Each undecodable byte becomes one lone surrogate: an error outside strings, one U+FFFD inside, as in Go.
+        decoded = decoder.decode(payload.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, "", "the payload is not valid JSON") from error
+    except RecursionError as error:
+        # Go stops at 10,000 levels, this parser at about 1,000 (in 3.11); no request needs more than one.
+        raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, "", "the payload is nested too deeply") from error
+    if decoded is None:
+        return iter(())
+    if not isinstance(decoded, _Members):
+        _reject("", "the payload is not a JSON object")
+    return iter(decoded)

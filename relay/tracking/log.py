@@ -7,18 +7,16 @@ direct get from a stream sequence on (which is the cursor).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
 from relay import contract
 from relay.bus.client import Publication
-from relay.bus.jetstream import DEDUPLICATION_ID, JetStream
-from relay.tracking.record import is_email_id
-
-PAGE_LIMIT = 1000
+from relay.bus.jetstream import DEDUPLICATION_ID, PAGE_LIMIT, JetStream
+from relay.tracking.record import is_email_id, latest
 
 
 class Fact(StrEnum):
@@ -38,12 +36,27 @@ class Fact(StrEnum):
     UNSUBSCRIBED = "unsubscribed"
 
 
+EVENTS = tuple(fact for fact in Fact if fact is not Fact.SENT)
+
+
+class Sent(NamedTuple):
+    """A ``sent`` fact: a mail, and where in the log it stands."""
+
+    email_id: str
+    sequence: int
+
+
 class Page(NamedTuple):
     """Some mails of a group, in the order in which they were sent."""
 
-    email_ids: list[str]
+    sent: list[Sent]
     next_sequence: int | None
     """Where the next page starts, None after the last."""
+
+    @property
+    def email_ids(self) -> list[str]:
+        """The mails without their places."""
+        return [each.email_id for each in self.sent]
 
 
 def fact_publication(token: str, fact: Fact, email_id: str, at: str, event_id: str = "") -> Publication:
@@ -53,8 +66,7 @@ def fact_publication(token: str, fact: Fact, email_id: str, at: str, event_id: s
     if event_id:
         stated["event_id"] = event_id
         deduplication_id = f"{deduplication_id}.{event_id}"
-    nats_subject = f"{contract.LOG_PREFIX}.{token}.{fact.value}"
-    return Publication(nats_subject, orjson.dumps(stated), {DEDUPLICATION_ID: deduplication_id})
+    return Publication(_subject(token, fact), orjson.dumps(stated), {DEDUPLICATION_ID: deduplication_id})
 
 
 class Log:
@@ -70,15 +82,27 @@ class Log:
         counts = info["state"].get("subjects") or {}
         return {nats_subject.removeprefix(prefix): int(count) for nats_subject, count in counts.items()}
 
-    def page(self, token: str, from_sequence: int, limit: int = PAGE_LIMIT) -> Page:
-        """The mails whose ``sent`` facts stand at ``from_sequence`` or after it, at most ``limit``."""
-        nats_subject = f"{contract.LOG_PREFIX}.{token}.{Fact.SENT.value}"
+    def first_sent_at(self, token: str) -> str:
+        """When the first mail of the group was sent; '' when none was. One request."""
         found = self._jetstream.get_many(
-            contract.LOG_STREAM, {"seq": max(1, from_sequence), "next_by_subj": nats_subject, "batch": limit}
+            contract.LOG_STREAM, {"seq": 1, "next_by_subj": _subject(token, Fact.SENT), "batch": 1}
         )
-        email_ids = [email_id for stored in found if (email_id := _email_id(stored.payload))]
-        is_last = not found or found[-1].pending == 0
-        return Page(email_ids, None if is_last else found[-1].sequence + 1)
+        return _at(found[0].payload) if found else ""
+
+    def last_event_at(self, token: str) -> str:
+        """The latest time among the newest fact of each kind but ``sent``; '' when there is none. One request."""
+        nats_subjects = [_subject(token, fact) for fact in EVENTS]
+        found = self._jetstream.get_many(contract.LOG_STREAM, {"multi_last": nats_subjects})
+        return latest(*(_at(stored.payload) for stored in found))
+
+    def page(self, token: str, from_sequence: int, limit: int = PAGE_LIMIT) -> Page:
+        """The mails whose ``sent`` facts stand at ``from_sequence`` or after it, at most ``limit``.
+
+        The end is the leader's: any replica may answer, and one that lags lacks the newest.
+        """
+        page = self._jetstream.page(contract.LOG_STREAM, _subject(token, Fact.SENT), from_sequence, limit)
+        sent = [Sent(email_id, stored.sequence) for stored in page.msgs if (email_id := _email_id(stored.payload))]
+        return Page(sent, page.next_sequence)
 
     def email_ids(self, token: str) -> Iterator[list[str]]:
         """All mails of the group, page by page."""
@@ -89,10 +113,50 @@ class Log:
             sequence = page.next_sequence
 
 
-def _email_id(payload: bytes) -> str:
-    """The mail a fact is about; '' when that could not be a key, whoever published it."""
+def facts_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many facts of each kind the log would hold of a mail, read from its record: where there is no log of them.
+
+    As in lfx, a mail was opened when its record says so or counts an open. What is no number counts nothing.
+    """
+    opens = _count(record.get("open_count"), record.get("opened_at_list"))
+    clicks = _count(record.get("click_count"))
+    is_stated: dict[str, object] = {
+        Fact.DELIVERED: record.get("delivered"),
+        Fact.OPENED: record.get("opened") or opens,
+        Fact.CLICKED: clicks,
+        Fact.FAILED: record.get("failed"),
+        Fact.BOUNCED: record.get("bounced_at"),
+        Fact.COMPLAINED: record.get("complained_at"),
+        Fact.DELAYED: record.get("delayed_at"),
+        Fact.REJECTED: record.get("rejected_at"),
+        Fact.UNSUBSCRIBED: record.get("unsubscribed_at"),
+    }
+    return {Fact.OPEN: opens, Fact.CLICK: clicks} | {fact: 1 for fact, value in is_stated.items() if value}
+
+
+def _count(number: object, otherwise: object = None) -> int:
+    if isinstance(number, int):
+        return max(0, number)
+    return len(otherwise) if number is None and isinstance(otherwise, list) else 0
+
+
+def _subject(token: str, fact: Fact) -> str:
+    return f"{contract.LOG_PREFIX}.{token}.{fact.value}"
+
+
+def _stated(payload: bytes, field: str) -> str:
     try:
-        email_id = str(orjson.loads(payload)["email_id"])
+        value = orjson.loads(payload)[field]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""
+    return value if isinstance(value, str) else ""
+
+
+def _at(payload: bytes) -> str:
+    return _stated(payload, "at")
+
+
+def _email_id(payload: bytes) -> str:
+    """The mail a fact is about; '' when that could not be a key, whoever published it."""
+    email_id = _stated(payload, "email_id")
     return email_id if is_email_id(email_id) else ""

@@ -2,12 +2,16 @@
 
 Pure. Times are RFC 3339 in UTC. ``delivered``, ``opened``, ``open_count`` and ``failed`` are always
 present; other optional fields are left out when unset. Our own: ``outcome`` (``in_doubt`` when the final
-dot was sent and no reply came), ``remote_id`` (the smarthost's id; Amazon SES: the message id of its events).
+dot was sent and no reply came; ``failed`` or ``deferred`` when one came after the caller had been answered, and it
+was no), ``remote_id`` (the smarthost's id; Amazon SES: the message id of its events), and what events add beside
+lfx's fields: ``click_count``, ``last_clicked_at``, ``bounced_at``, ``complained_at``, ``delayed_at``, ``rejected_at``,
+``unsubscribed_at``. ``truncated`` is never stored: it stands in an answer that has no room for the whole record.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +19,19 @@ import orjson
 
 MAX_TEXT_BYTES = 4096
 """Of ``to`` and ``subject`` in a record: a bucket made by lfx's chart takes values of 64 KiB."""
+
+EVENT_TIMES = (
+    "delivered_at",
+    "failed_at",
+    "last_opened_at",
+    "last_clicked_at",
+    "bounced_at",
+    "complained_at",
+    "delayed_at",
+    "rejected_at",
+    "unsubscribed_at",
+)
+"""Fields that hold the time of an event."""
 
 _EMAIL_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -27,6 +44,36 @@ def is_email_id(text: str) -> bool:
 def rfc3339(epoch_seconds: float) -> str:
     """UTC with milliseconds: ``2025-01-15T10:30:00.123Z``."""
     return datetime.fromtimestamp(epoch_seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_time(text: object) -> datetime | None:
+    """An RFC 3339 time, which compares where texts do not: lfx's have up to nanoseconds. None when it is none."""
+    try:
+        at = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return at if at is not None and at.tzinfo is not None else None
+
+
+def earliest(*texts: object) -> str:
+    """The earliest of those that are RFC 3339 times, as it was written; '' when none is."""
+    return min(_timed(texts), default=(None, ""))[1]
+
+
+def latest(*texts: object) -> str:
+    """The latest of those that are RFC 3339 times, as it was written; '' when none is."""
+    return max(_timed(texts), default=(None, ""))[1]
+
+
+def _timed(texts: Iterable[object]) -> Iterator[tuple[datetime, str]]:
+    for text in texts:
+        if (at := parse_time(text)) is not None:
+            yield at, str(text)
+
+
+def last_event_at(record: Mapping[str, Any]) -> str:
+    """The time of the latest event in the record, '' when it holds none."""
+    return latest(*(record.get(name) for name in EVENT_TIMES))
 
 
 def new_record(
@@ -58,6 +105,19 @@ def new_record(
     return orjson.dumps(record)
 
 
+def settled_record(record: Mapping[str, Any], *, outcome: str, remote_id: str) -> bytes:
+    """The record of a mail that was in doubt, now that the smarthost has spoken; the same again changes nothing.
+
+    ``outcome`` is '' when the mail was relayed after all, else ``failed`` or ``deferred``: it was not sent.
+    """
+    settled = {name: value for name, value in record.items() if name != "outcome"}
+    if outcome:
+        settled["outcome"] = outcome
+    if remote_id:
+        settled["remote_id"] = remote_id
+    return orjson.dumps(settled)
+
+
 def parse_record(value: bytes) -> dict[str, Any] | None:
     """The record in a bucket's value, None when it is not one: broken records are left out, never an error."""
     try:
@@ -65,6 +125,20 @@ def parse_record(value: bytes) -> dict[str, Any] | None:
     except orjson.JSONDecodeError:
         return None
     return record if isinstance(record, dict) else None
+
+
+def abridged_record(value: bytes, room_bytes: int) -> bytes:
+    """The record without its largest fields, so that it fits into ``room_bytes``, and with ``"truncated":true``.
+
+    Which mail it is, and what became of it, stays to the last; ``value`` is a record that ``parse_record`` takes.
+    """
+    record: dict[str, Any] = {**orjson.loads(value), "truncated": True}
+    by_size = sorted(record, key=lambda name: (len(orjson.dumps(record[name])), name))
+    while len(shorter := orjson.dumps(record)) > room_bytes and by_size:
+        name = by_size.pop()
+        if name not in {"email_id", "truncated"}:
+            del record[name]
+    return shorter
 
 
 def _cut(text: str) -> str:

@@ -13,12 +13,13 @@ from collections.abc import Callable
 import gevent
 
 from relay import contract
+from relay.bus.client import Publication
 from relay.bus.jetstream import TOO_LARGE_FOR_STREAM, JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
 from relay.tracking.groups import SHARED_TOKEN, group_token
 from relay.tracking.log import Fact, fact_publication
-from relay.tracking.record import new_record, rfc3339
+from relay.tracking.record import new_record, parse_record, rfc3339, settled_record
 from relay.tracking.storage import StorageConfig, wait_for_storage, why_unusable
 
 log = logging.getLogger("relay.tracking")
@@ -27,6 +28,8 @@ FAILURES_TO_SUSPEND = 3
 PROBE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 """Doubles up to this while probes succeed and records still fail, as with a full disk."""
+SETTLE_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Before each try to settle a record; the first may come before the record itself is written."""
 ONE_RECORDS_OWN = frozenset({413, TOO_LARGE_FOR_STREAM})
 """Refusals that say nothing about the next record: this one is too large for the server or the bucket."""
 
@@ -50,9 +53,13 @@ class Tracker:
         self.tracked = 0
         self.lost = 0
         """Mails that went out without a complete record."""
+        self.unsettled = 0
+        """Mails in doubt whose record does not say what became of them although the smarthost did."""
 
     def start(self) -> None:
         """Makes bucket and log when they are missing. Blocks for the first try; goes on in the background."""
+        if problem := self._jetstream.server_problem:
+            log.warning("%s", problem)
         self._say(why_unusable(self._jetstream, self._config))
         if self.off_reason:
             self._start_probe()
@@ -88,8 +95,7 @@ class Tracker:
         )
         publications = [self._bucket.creation(email_id, record)]
         if is_relayed:
-            token = SHARED_TOKEN if group_id == email_id else group_token(group_id)
-            publications.insert(0, fact_publication(token, Fact.SENT, email_id, sent_at))
+            publications.insert(0, _sent_fact(group_id, email_id, sent_at))
         for answer in self._jetstream.store(publications, self._ack_seconds):
             # The key is a new UUID of ours: a conflict means that our own write arrived twice.
             if isinstance(answer, BusUnavailable | BusRefused) and not isinstance(answer, RevisionConflict):
@@ -98,6 +104,40 @@ class Tracker:
         self._failures_in_a_row = 0
         self._pause_seconds = PROBE_SECONDS
         self.tracked += 1
+
+    def settle(
+        self, *, email_id: str, group_id: str, at: float, is_relayed: bool, outcome: str = "", remote_id: str = ""
+    ) -> None:
+        """Writes into the record what became of a mail noted in doubt, and its ``sent`` fact when it was relayed.
+
+        ``at`` is the epoch time of the smarthost's reply. Never raises, and tries for a minute: nobody waits for this.
+        """
+        problem = ""
+        for pause_seconds in SETTLE_PAUSES_SECONDS:
+            gevent.sleep(pause_seconds)
+            problem = self.off_reason or self._try_to_settle(email_id, group_id, at, is_relayed, outcome, remote_id)
+            if not problem:
+                return
+        self.unsettled += 1
+        log.warning("the record of a mail in doubt is not settled: %s", problem, extra={"email_id": email_id})
+
+    def _try_to_settle(
+        self, email_id: str, group_id: str, at: float, is_relayed: bool, outcome: str, remote_id: str
+    ) -> str:
+        """One read and compare-and-set; what went wrong, '' when it is done. Again is harmless."""
+        try:
+            entry = self._bucket.get_from_leader(email_id)
+        except (BusUnavailable, BusRefused) as error:
+            return str(error)
+        record = parse_record(entry.value) if entry is not None else None
+        if entry is None or record is None:
+            return "the mail in doubt has no record to be settled"
+        value = settled_record(record, outcome=outcome, remote_id=remote_id)
+        publications = [self._bucket.replacement(email_id, value, entry.revision)]
+        if is_relayed:
+            publications.insert(0, _sent_fact(group_id, email_id, rfc3339(at)))
+        answers = self._jetstream.store(publications, self._ack_seconds)
+        return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
 
     def stop(self) -> None:
         """Ends the background probe."""
@@ -132,3 +172,8 @@ class Tracker:
             log.warning("tracking is off: %s", why_off)
         else:
             log.info("tracking is on")
+
+
+def _sent_fact(group_id: str, email_id: str, sent_at: str) -> Publication:
+    token = SHARED_TOKEN if group_id == email_id else group_token(group_id)
+    return fact_publication(token, Fact.SENT, email_id, sent_at)

@@ -9,7 +9,7 @@ import gevent
 import pytest
 from gevent.server import StreamServer
 
-from relay.ops.preflight import Finding, findings, old_server_problem
+from relay.ops.preflight import Finding, findings
 from relay.settings import load_settings
 from tests.support.nats_server import NatsServer, free_port
 from tests.support.scripted_smtp import ScriptedSmtp, make_certificate, say
@@ -64,6 +64,21 @@ def test_a_smarthost_that_refuses(check: Check) -> None:
         finding = check(SMTP_PORT=smtp.port)["SMTP"]
     assert not finding.ok
     assert "go away" in finding.detail
+
+
+def test_of_several_smarthosts_one_is_enough(check: Check) -> None:
+    gone = free_port()
+    with ScriptedSmtp() as smtp:
+        found = check(SMTP_HOST=f"127.0.0.1:{gone},127.0.0.1:{smtp.port}")
+    finding = found[f"SMTP 127.0.0.1:{gone}"]
+    assert (finding.ok, finding.is_warning) == (False, True)
+    assert found[f"SMTP 127.0.0.1:{smtp.port}"].ok
+
+
+def test_of_several_smarthosts_none_is_too_few(check: Check) -> None:
+    ports = [free_port(), free_port()]
+    found = check(SMTP_HOST=",".join(f"127.0.0.1:{port}" for port in ports))
+    assert [found[f"SMTP 127.0.0.1:{port}"].is_warning for port in ports] == [False, False]
 
 
 def test_a_wrong_password(check: Check) -> None:
@@ -156,11 +171,3 @@ def test_an_old_nats_server(check: Check, old_nats_server: str) -> None:
     assert not finding.ok
     assert "nats-server 2.10.29 is older than 2.12" in finding.detail
     assert "update the server" in finding.detail
-
-
-VERSIONS = [("2.9.1", True), ("2.11.9", True), ("2.12.0", False), ("2.15.1-beta", False), ("3.0", False), ("?", False)]
-
-
-@pytest.mark.parametrize(("version", "is_old"), VERSIONS)
-def test_versions(version: str, is_old: bool) -> None:
-    assert bool(old_server_problem(version)) == is_old

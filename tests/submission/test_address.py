@@ -16,6 +16,7 @@ ACCEPTED = [
     ("a@example.com", "", "a@example.com"),
     ("First.Last+tag@Example.COM", "", "First.Last+tag@example.com"),
     ("!#$%&'*+-/=?^_`{|}~@example.com", "", "!#$%&'*+-/=?^_`{|}~@example.com"),
+    ("a=?b?=@example.com", "", "a=?b?=@example.com"),
     ("a@localhost", "", "a@localhost"),
     ("a@under_score.example", "", "a@under_score.example"),
     ("a@b!c.example", "", "a@b!c.example"),
@@ -133,6 +134,12 @@ REFUSED = [
     "a@\uff20.example",
     "a@example.com\u3002",
     "a@\u200d.example",
+    "=?utf-8?q?b=40attacker.test=3E?=@example.com",
+    "=?utf-8?q?=0D=0A?=@example.com",
+    '"=?utf-8?b?DQo=?="@example.com',
+    "a@=?utf-8?q?=2C?=.example",
+    "=?utf-8?q?a@b?=.example",
+    "Ann <=?us-ascii?q?=0A?=\u00e9@example.com>",
 ]
 
 

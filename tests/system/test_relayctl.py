@@ -109,7 +109,7 @@ SCHEMA: dict[str, Any] = {
         }
     ],
     "totals": dict.fromkeys(
-        ("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent", "overloaded", "dropped"), int
+        ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent", "overloaded", "dropped"), int
     ),
     "workers_elsewhere": int,
 }
@@ -121,11 +121,19 @@ SEND_FIGURES: dict[str, Any] = {
     "nats_server": str,
     "in_flight": int,
     "backlog": int,
-    **dict.fromkeys(("relayed", "failed", "deferred", "in_doubt", "refused", "not_sent", "overloaded", "dropped"), int),
+    **dict.fromkeys(
+        ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent", "overloaded", "dropped"), int
+    ),
     "last_error": str,
-    "pool": dict.fromkeys(("idle", "busy", "dialling", "waiting", "max", "connections_opened", "stale_replaced"), int),
+    "pool": {
+        **dict.fromkeys(("idle", "busy", "dialling", "waiting", "max", "limit", "connections_opened"), int),
+        **dict.fromkeys(("awaiting_dot", "stale_replaced", "retried", "throttled", "rate_waiting"), int),
+        "rate_per_second": (float, type(None)),
+        "rate_lowered": bool,
+        "hosts": [{"host": str, "set_aside": str}],
+    },
     "circuit": {"state": str, "reason": str},
-    "tracking": {"off_reason": str, "tracked": int, "lost": int},
+    "tracking": {"off_reason": str, "tracked": int, "lost": int, "unsettled": int},
 }
 
 

@@ -36,9 +36,34 @@ def test_a_token_is_always_legal(group_id: str) -> None:
     assert len(token) <= MAX_TOKEN_LENGTH
 
 
-@given(st.text(max_size=200), st.text(max_size=200))
+ANY_TEXT = st.one_of(
+    st.text(max_size=200),
+    st.text(alphabet=st.characters(categories=["Cs", "L"]), max_size=20),  # lone surrogates too
+    st.text(alphabet="aLQ/_-=.*> ", max_size=6),
+    st.text(alphabet="a-", min_size=125, max_size=131),
+)
+
+
+@given(ANY_TEXT, ANY_TEXT)
 def test_no_two_ids_share_a_token(one: str, other: str) -> None:
     assert (group_token(one) == group_token(other)) == (one == other)
+
+
+@given(st.lists(st.text(alphabet="=-aQLw7", max_size=4), unique=True, max_size=200))
+def test_no_ids_of_many_share_a_token(group_ids: list[str]) -> None:
+    assert len({group_token(group_id) for group_id in group_ids}) == len(group_ids)
+
+
+@given(ANY_TEXT)
+def test_a_token_reaches_no_other_subject(group_id: str) -> None:
+    token = group_token(group_id)
+    assert not set(token) & set(".*> \t\r\n")
+    assert token != SHARED_TOKEN
+
+
+def test_a_long_id_does_not_share_the_token_of_what_is_shown_of_it() -> None:
+    long = "x" * 10_000
+    assert group_token(long) != group_token(group_token(long))
 
 
 @given(st.text(alphabet="=-_/aLQ", min_size=1, max_size=5))

@@ -11,9 +11,10 @@ from relay import contract
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream, Stored
 from relay.tracking.groups import group_token
-from relay.tracking.log import Fact, Log, fact_publication
+from relay.tracking.log import Fact, Log, fact_publication, facts_of
 from relay.tracking.storage import NO_JETSTREAM, StorageConfig, ensure_storage
 from tests.support.nats_server import NatsServer
+from tests.support.scripted_jetstream import LaggingStream, Message
 
 AT = "2025-01-15T10:30:00.000Z"
 
@@ -67,6 +68,79 @@ def test_any_group_id_is_found_again_and_no_other(jetstream: JetStream, log: Log
     state(jetstream, token, [(Fact.SENT, f"any-{uuid.uuid4()}", "")])
     state(jetstream, "any-other-group", [(Fact.SENT, f"other-{uuid.uuid4()}", "")])
     assert log.counts(token) == {"sent": before + 1}
+
+
+NASTY = ["🚀🚀", "a.b.c", "a.b", "a.>", "a*", "=a", "==a", "-a", " ", "  ", "\t", "x", "x" * 129, "x" * 9_999, "\ufffd"]
+
+
+def test_many_nasty_ids_are_kept_apart(jetstream: JetStream, log: Log) -> None:
+    """Each group is counted and paged by itself, however its id looks beside the others'."""
+    mails = {group_id: [f"nasty-{uuid.uuid4()}" for _ in range(1 + place)] for place, group_id in enumerate(NASTY)}
+    before = {group_id: log.counts(group_token(group_id)).get("sent", 0) for group_id in NASTY}
+    for group_id, email_ids in mails.items():
+        state(jetstream, group_token(group_id), [(Fact.SENT, email_id, "") for email_id in email_ids])
+    for group_id, email_ids in mails.items():
+        token = group_token(group_id)
+        assert log.counts(token) == {"sent": before[group_id] + len(email_ids)}
+        assert [each for page in log.email_ids(token) for each in page][before[group_id] :] == email_ids
+
+
+def test_times_of_a_group(jetstream: JetStream, log: Log) -> None:
+    assert (log.first_sent_at("times"), log.last_event_at("times")) == ("", "")
+    stated = [
+        (Fact.SENT, "times-a", "2025-01-15T10:30:00.000Z"),
+        (Fact.SENT, "times-b", "2025-01-15T10:31:00.000Z"),
+        (Fact.OPEN, "times-a", "2025-01-15T12:00:00Z"),
+        (Fact.DELIVERED, "times-b", "2025-01-15T10:31:02.123456789Z"),
+    ]
+    publications = [fact_publication("times", fact, email_id, at) for fact, email_id, at in stated]
+    assert all(isinstance(answer, Stored) for answer in jetstream.store(publications[:2], 10))
+    assert (log.first_sent_at("times"), log.last_event_at("times")) == ("2025-01-15T10:30:00.000Z", "")
+    assert all(isinstance(answer, Stored) for answer in jetstream.store(publications[2:], 10))
+    assert log.last_event_at("times") == "2025-01-15T12:00:00Z", "the latest, not the one logged last"
+
+
+@pytest.mark.parametrize("limit", [2, 3, 5, 100])
+@pytest.mark.parametrize("follower_has", [0, 3, 7])
+def test_a_page_from_a_replica_that_lags_is_complete(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus], follower_has: int, limit: int
+) -> None:
+    # Given seven mails, of which the follower that answers knows only some
+    bus = new_bus(new_nats_server(jetstream=False).url)
+    facts = [fact_publication("g", Fact.SENT, f"id-{number}", AT) for number in range(7)]
+    messages = [Message(fact.nats_subject, fact.payload) for fact in facts]
+    stream = LaggingStream(bus, contract.LOG_STREAM, messages, follower_has)
+    log = Log(JetStream(bus))
+    # When the group is paged through
+    found: list[str] = []
+    sequence: int | None = 1
+    while sequence is not None:
+        page = log.page("g", sequence, limit)
+        assert 0 < len(page.sent) <= limit
+        found += page.email_ids
+        sequence = page.next_sequence
+    # Then each mail is there once, and the leader was asked
+    assert found == [f"id-{number}" for number in range(7)]
+    assert stream.asked_leader
+
+
+@pytest.mark.parametrize(
+    ("record", "counts"),
+    [
+        ({}, {}),
+        ({"delivered": True, "failed": False, "opened": False, "open_count": 0}, {"delivered": 1}),
+        ({"opened": True, "open_count": 3}, {"opened": 1, "open": 3}),
+        ({"open_count": 2}, {"opened": 1, "open": 2}),
+        ({"opened": True, "opened_at_list": [{}, {}]}, {"opened": 1, "open": 2}),
+        ({"opened": True}, {"opened": 1}),
+        ({"failed": True, "bounced_at": AT}, {"failed": 1, "bounced": 1}),
+        ({"click_count": 2, "last_clicked_at": AT}, {"click": 2, "clicked": 1}),
+        ({"open_count": "many", "click_count": -1}, {}),
+    ],
+    ids=str,
+)
+def test_what_a_record_says_in_facts(record: dict[str, object], counts: dict[str, int]) -> None:
+    assert {fact: count for fact, count in facts_of(record).items() if count} == counts
 
 
 def test_storage_is_made_once_and_used_as_it_is(jetstream: JetStream, log: Log) -> None:

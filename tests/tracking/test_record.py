@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from relay.tracking.record import MAX_TEXT_BYTES, is_email_id, new_record, parse_record, rfc3339
+from relay.tracking.record import (
+    MAX_TEXT_BYTES,
+    abridged_record,
+    earliest,
+    is_email_id,
+    last_event_at,
+    latest,
+    new_record,
+    parse_record,
+    parse_time,
+    rfc3339,
+    settled_record,
+)
+from tests.support.lfx import OPTIONAL, RFC3339, check_record, written_record
 
 
 def record(**changed: Any) -> dict[str, Any]:
@@ -82,10 +98,94 @@ def test_what_is_no_record(value: bytes) -> None:
     assert parse_record(value) is None
 
 
-def test_a_record_as_lfx_writes_it_is_read() -> None:
-    value = (
-        b'{"email_id":"e","group_id":"g","to":"u@example.com","subject":"s","sent_at":"2025-01-15T10:30:00.123456789Z",'
-        b'"delivered":true,"delivered_at":"2025-01-15T10:30:02Z","opened":true,"opened_at_list":[{"event_id":"m",'
-        b'"opened_at":"2025-01-15T11:05:33Z"}],"last_opened_at":"2025-01-15T11:05:33Z","open_count":1,"failed":false}'
-    )
-    assert parse_record(value) == orjson.loads(value)
+@pytest.mark.parametrize(
+    "optional",
+    [chosen for size in range(len(OPTIONAL) + 1) for chosen in itertools.combinations(OPTIONAL, size)],
+    ids=lambda chosen: "+".join(chosen) or "none",
+)
+def test_a_record_as_lfx_writes_it_is_read(optional: tuple[str, ...]) -> None:
+    value = written_record("e", "g", optional)
+    assert b"<" not in value, "as Go escapes it"
+    read = parse_record(value)
+    assert read == orjson.loads(value)
+    assert {name for name in OPTIONAL if name in read} == set(optional)
+    assert check_record(value) == read, "the strict reader takes what lfx writes"
+
+
+@pytest.mark.parametrize("own", [{}, {"outcome": "in_doubt"}, {"remote_id": "0100-ses"}], ids=str)
+def test_a_record_of_ours_decodes_with_lfx_types(own: dict[str, str]) -> None:
+    given_ = {"email_id": "e", "group_id": "Grüße 🚀 <&>", "to": "user@example.com", "subject_header": "s"}
+    value = new_record(**given_, sent_at=rfc3339(1736937000.5), **own)
+    assert check_record(value)["group_id"] == "Grüße 🚀 <&>"
+    record_ = parse_record(value)
+    assert record_ is not None
+    for outcome in ("", "failed", "deferred"):
+        check_record(settled_record(record_, outcome=outcome, remote_id="x"))
+
+
+@given(st.text(), st.text(), st.floats(min_value=0, max_value=2**32))
+def test_any_record_of_ours_decodes_with_lfx_types(group_id: str, text: str, at: float) -> None:
+    group_id = group_id.encode("utf-8", "replace").decode()
+    text = text.encode("utf-8", "replace").decode()
+    value = new_record(email_id="e", group_id=group_id, to=text, subject_header=text, sent_at=rfc3339(at))
+    assert check_record(value)["group_id"] == group_id
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"sent_at": "2025-01-15T10:30:00"},
+        {"sent_at": "2025-01-15 10:30:00Z"},
+        {"delivered": 1},
+        {"open_count": 1.0},
+        {"opened_at_list": []},
+        {"delivered_at": None},
+        {"unknown": 1},
+        {"outcome": ""},
+    ],
+    ids=str,
+)
+def test_the_strict_reader_is_strict(broken: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        check_record(orjson.dumps(record() | broken))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2025-01-15T10:30:00Z", "2025-01-15T10:30:00.123456789Z", "2025-01-15T11:30:00+01:00", "2025-01-15T10:30:00.5Z"],
+)
+def test_what_is_a_time(text: str) -> None:
+    assert RFC3339.fullmatch(text)
+    assert parse_time(text) is not None
+
+
+@pytest.mark.parametrize("value", ["", "yesterday", "2025-01-15T10:30:00", None, 5, ["2025-01-15T10:30:00Z"], True])
+def test_what_is_none_of_the_times(value: object) -> None:
+    assert parse_time(value) is None
+
+
+def test_times_compare_as_times_and_not_as_texts() -> None:
+    times = ["2025-01-15T10:30:00.5Z", "2025-01-15T10:30:00Z", "2025-01-15T11:30:00.25+01:00", "", None, "soon"]
+    assert earliest(*times) == "2025-01-15T10:30:00Z"
+    assert latest(*times) == "2025-01-15T10:30:00.5Z"
+    assert earliest("", None) == latest() == ""
+
+
+def test_the_latest_event_of_a_record() -> None:
+    value = parse_record(written_record("e", "g", OPTIONAL))
+    assert value is not None
+    assert last_event_at(value) == "2025-01-15T14:22:10Z"
+    assert last_event_at(record()) == ""
+
+
+@pytest.mark.parametrize("room_bytes", [100, 300, 1000, 60_000])
+def test_an_abridged_record_fits_and_says_which_mail_it_is(room_bytes: int) -> None:
+    opens = [{"event_id": "x" * 36, "opened_at": "2025-01-15T11:05:33Z"}] * 1000
+    value = written_record("e" * 36, "g", OPTIONAL, opened_at_list=opens)
+    shorter = abridged_record(value, room_bytes)
+    assert len(shorter) <= room_bytes
+    read = orjson.loads(shorter)
+    assert (read["email_id"], read["truncated"]) == ("e" * 36, True)
+    assert "opened_at_list" not in read
+    if room_bytes >= 1000:
+        assert read.keys() | {"opened_at_list"} == orjson.loads(value).keys() | {"truncated"}, "nothing else is lost"

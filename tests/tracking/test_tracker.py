@@ -11,6 +11,7 @@ from collections.abc import Callable
 import gevent
 import orjson
 import pytest
+from gevent.server import StreamServer
 
 from relay import contract
 from relay.bus.client import Bus
@@ -64,6 +65,40 @@ def test_a_mail_in_doubt_has_a_record_and_no_fact(jetstream: JetStream) -> None:
     assert entry is not None
     assert orjson.loads(entry.value)["outcome"] == "in_doubt"
     assert Log(jetstream).counts("tracker-2") == {}
+
+
+def test_a_mail_in_doubt_is_settled_also_when_tracking_was_off_for_a_moment(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = note(tracker, group_id="tracker-settled", is_relayed=False, outcome="in_doubt")
+    tracker.off_reason = "for a moment"
+    settling = gevent.spawn(
+        tracker.settle, email_id=email_id, group_id="tracker-settled", at=time.time(), is_relayed=True, remote_id="r1"
+    )
+    gevent.sleep(0.05)
+    assert not settling.dead
+    tracker.off_reason = ""
+    settling.get(timeout=5.0)
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    record = orjson.loads(entry.value)
+    assert (record.get("outcome"), record["remote_id"]) == (None, "r1")
+    assert Log(jetstream).counts("tracker-settled") == {"sent": 1}
+    assert tracker.unsettled == 0
+
+
+def test_settling_keeps_what_an_event_has_written_meanwhile(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = note(tracker, is_relayed=False, outcome="in_doubt")
+    bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
+    entry = bucket.get(email_id)
+    assert entry is not None
+    changed = orjson.dumps(orjson.loads(entry.value) | {"delivered": True})
+    jetstream.store([bucket.replacement(email_id, changed, entry.revision)], 1.0)
+    tracker.settle(email_id=email_id, group_id=email_id, at=time.time(), is_relayed=False, outcome="failed")
+    entry = bucket.get(email_id)
+    assert entry is not None
+    record = orjson.loads(entry.value)
+    assert (record["delivered"], record["outcome"]) == (True, "failed")
 
 
 def test_mails_without_a_group_share_a_subject(jetstream: JetStream) -> None:
@@ -167,3 +202,21 @@ def test_the_probe_stores_nothing(jetstream: JetStream) -> None:
     before = sequences()
     new_tracker(jetstream)
     assert sequences() == before
+
+
+def test_an_old_nats_server_is_named_once(caplog: pytest.LogCaptureFixture, new_bus: Callable[[str], Bus]) -> None:
+    def serve(sock: gevent.socket.socket, _address: object) -> None:
+        sock.sendall(b'INFO {"server_id":"old","version":"2.10.29","headers":true,"max_payload":1048576}\r\n')
+        while data := sock.recv(4096):
+            if b"PING" in data:
+                sock.sendall(b"PONG\r\n")
+
+    server = StreamServer(("127.0.0.1", 0), serve)
+    server.start()
+    try:
+        tracker = new_tracker(JetStream(new_bus(f"nats://127.0.0.1:{server.server_port}"), timeout_seconds=0.2))
+        tracker.stop()
+    finally:
+        server.stop()
+    named = [record.message for record in caplog.records if "nats-server 2.10.29 is older than 2.12" in record.message]
+    assert len(named) == 1
