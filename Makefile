@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 CONSTRAINTS := conf/constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo run test check format bench clean
+.PHONY: help setup demo run test drills check format bench bench-smtp bench-tracking clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 setup: $(STAMP)  ## Make the virtual environment in .venv
 
@@ -32,6 +32,9 @@ run: $(STAMP)  ## Development stack in the foreground (NATS 4222, SMTP 1025, hea
 test: $(STAMP)  ## Run every fast test
 	@$(BIN)/python -m pytest
 
+drills: $(STAMP)  ## Play faults on the whole relay, some minutes long (one, shorter: make drills ARGS="ses --seconds 40")
+	@$(BIN)/python -m scripts.drills.run $(ARGS)
+
 check: $(STAMP)  ## Lint, types, formatting, import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -45,6 +48,13 @@ format: $(STAMP)  ## Format the code
 bench: $(STAMP)  ## Measure the whole path beside Postfix's smtp-source (needs Postfix; options: make bench ARGS="--workers 1")
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench]'
 	@$(BIN)/python scripts/bench/run.py $(ARGS)
+
+bench-smtp: $(STAMP)  ## Measure the SMTP layer alone, beside others and with a smarthost 20 ms away (needs Postfix)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench-smtp]'
+	@$(BIN)/python scripts/bench/smtp.py $(ARGS)
+
+bench-tracking: $(STAMP)  ## Measure tracking: a group of 100,000 beside one of 10, and what a mail costs nats-server
+	@$(BIN)/python scripts/bench/tracking.py $(ARGS)
 
 clean:  ## Remove what was made, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Fault drills: the whole relay, in processes of its own, against servers that misbehave as real ones do."""
