@@ -3,7 +3,7 @@
 Owns the socket, its event-loop watchers and its alarm. Knows nothing of SMTP (``session`` does).
 
 gevent's own sockets try to read before they wait and build a timer for every wait; for a client that reads one small
-reply after each write both are wasted, so a channel waits first and keeps one lazy alarm (see ``_wait``). Not
+reply after each write both are wasted, so a channel waits first, on one watcher, with one lazy alarm. Not
 thread-safe, and one greenlet at a time may use it; ``close`` alone may come from another, whose wait then fails.
 """
 
@@ -33,11 +33,12 @@ class Channel:
         "_alarm_at",
         "_hub",
         "_is_tls",
+        "_is_watched",
+        "_is_writing",
         "_reader",
         "_sock",
         "_until",
         "_waiting",
-        "_watching",
         "peer",
     )
 
@@ -51,7 +52,8 @@ class Channel:
         self._alarm_at = math.inf
         self._until = math.inf
         self._waiting: Any = None
-        self._watching: Any = None
+        self._is_writing = False
+        self._is_watched = False
         self.peer = peer
         sock.settimeout(0.0)
 
@@ -83,6 +85,7 @@ class Channel:
     def start_tls(self, context: Any, server_hostname: str, until: float) -> None:
         """Do the TLS handshake as client. Raises ``OSError`` (``ssl.SSLError``, ``TimeoutError``)."""
         self._reader.close()
+        self._is_watched = False
         seconds = max(0.001, until - time.monotonic())
         # The socket's own timeout begins anew with every byte that a peer lets trickle in.
         self._sock.settimeout(None)
@@ -107,7 +110,7 @@ class Channel:
     def read(self, until: float) -> bytes:
         """Wait for and return what has arrived, b'' at the end. Raises ``ChannelTimeout`` or another ``OSError``."""
         if not self._is_tls:
-            self._wait(self._reader, until)
+            self._wait_readable(until)
             data: bytes = self._sock.recv(READ_BYTES)
             return data
         while True:
@@ -117,7 +120,7 @@ class Channel:
             try:
                 data = self._sock.recv(READ_BYTES)
             except ssl.SSLWantReadError:
-                self._wait(self._reader, until)
+                self._wait_readable(until)
             else:
                 return data
 
@@ -140,18 +143,30 @@ class Channel:
             self._alarm.close()
             self._alarm = None
         if self._waiting is not None:
-            self._hub.cancel_wait(self._watching, OSError("closed here"), True)
-        if self._watching is not reader:
-            reader.close()
-        # After cancel_wait: gevent closes the descriptor only when the watcher has been stopped.
+            self._hub.loop.run_callback(self._interrupt, self._waiting)
+        # Before the socket: gevent closes the descriptor only when the watcher has been stopped.
+        reader.close()
         self._sock.close()
+
+    def _interrupt(self, waiting: Any) -> None:
+        """End a wait that was under way when the channel was closed. Runs in the hub."""
+        if self._waiting is waiting:
+            waiting.throw(OSError("closed here"))
 
     def _write_rest(self, rest: memoryview, until: float) -> None:
         """Write what did not fit into the socket's buffer."""
         writer = self._hub.loop.io(self._sock.fileno(), _WAIT_FOR_WRITE)
         try:
             while rest:
-                self._wait(writer, until)
+                self._prepare_wait(until)
+                self._is_writing = True
+                writer.start(self._waiting.switch)
+                try:
+                    self._hub.switch()
+                finally:
+                    self._waiting = None
+                    self._is_writing = False
+                    writer.stop()
                 try:
                     rest = rest[self._sock.send(rest) :]
                 except BlockingIOError:
@@ -159,23 +174,41 @@ class Channel:
         finally:
             writer.close()
 
-    def _wait(self, watcher: Any, until: float) -> None:
-        """Wait for the socket, at most until ``until``.
+    def _wait_readable(self, until: float) -> None:
+        """Wait for something to read, at most until ``until``.
 
-        The alarm is not set for each wait: an earlier one goes on running and, when it rings, looks whether the wait
-        of that moment is over its time or for how long to be set again. A reply that comes in time costs no timer.
+        The watcher is not started and stopped for each wait: it stays on until something comes that nobody waits for.
         """
-        if watcher is None:
+        self._prepare_wait(until)
+        if not self._is_watched:
+            self._is_watched = True
+            self._reader.start(self._on_readable)
+        try:
+            self._hub.switch()
+        finally:
+            self._waiting = None
+
+    def _prepare_wait(self, until: float) -> None:
+        """Have the alarm end the wait that follows.
+
+        It is not set for each wait: an earlier one goes on running and, when it rings, looks whether the wait of that
+        moment is over its time or for how long to be set again. A reply that comes in time costs no timer.
+        """
+        if self._reader is None:
             raise OSError("closed here")
         if until < self._alarm_at:
             self._set_alarm(until)
         self._until = until
-        self._watching = watcher
         self._waiting = getcurrent()
-        try:
-            self._hub.wait(watcher)
-        finally:
-            self._waiting = self._watching = None
+
+    def _on_readable(self) -> None:
+        """Wake whoever waits for it. Runs in the hub, so it must not wait."""
+        if self._waiting is not None and not self._is_writing:
+            self._waiting.switch()
+        elif self._reader is not None:
+            # Unasked for, or the peer has hung up: it is seen when the connection is read again.
+            self._reader.stop()
+            self._is_watched = False
 
     def _set_alarm(self, at: float) -> None:
         if self._alarm is not None:
