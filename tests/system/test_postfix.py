@@ -174,7 +174,10 @@ def test_postfix_restarts_while_30_callers_send_1000_mails(
             callers.spawn(send, number)
         callers.join(raise_error=True)
     assert restart.is_done
-    assert told[State.DEFERRED] > 0, "the restart was in nobody's way"
+    # What the restart broke was replaced, tried again or told to the caller: how much of which is chance.
+    figures = smarthost.figures()
+    in_the_way = told[State.DEFERRED] + told[State.IN_DOUBT] + figures["retried"] + figures["stale_replaced"]
+    assert in_the_way > 0, "the restart was in nobody's way"
 
     postfix.wait_until_delivered(DELIVERY_SECONDS)
     expect_exactly(postfix, mails, outcomes)
