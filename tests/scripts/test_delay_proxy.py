@@ -87,7 +87,8 @@ def test_a_round_trip_takes_as_long_as_asked_for(count: int, rtt_ms: float) -> N
         taken = round_trips_ms(made, 25)
     assert len(taken) == count * 25
     assert min(taken) >= rtt_ms
-    assert statistics.median(taken) <= rtt_ms + 1.0
+    # Half a millisecond late on a quiet machine, which a test cannot ask for.
+    assert statistics.median(taken) <= rtt_ms + 10.0
 
 
 def test_the_rate_is_not_limited_and_the_bytes_arrive_as_sent() -> None:
