@@ -78,4 +78,4 @@ def _line(finding: Finding) -> Text:
         mark, style = "ok", "green"
     else:
         mark, style = ("warning", "yellow") if finding.is_warning else ("failed", "red")
-    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<16}", "bold"), plain(finding.detail))
+    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<15} ", "bold"), plain(finding.detail))
