@@ -135,6 +135,8 @@ class Sending:
         self._tracker.settle(
             email_id=mail.email_id,
             group_id=mail.group_id,
+            to=mail.to,
+            subject_header=mail.subject_header,
             at=time.time(),
             is_relayed=is_relayed,
             outcome="" if is_relayed else outcome.state.value,

@@ -106,37 +106,58 @@ class Tracker:
         self.tracked += 1
 
     def settle(
-        self, *, email_id: str, group_id: str, at: float, is_relayed: bool, outcome: str = "", remote_id: str = ""
+        self,
+        *,
+        email_id: str,
+        group_id: str,
+        to: str,
+        subject_header: str,
+        at: float,
+        is_relayed: bool,
+        outcome: str = "",
+        remote_id: str = "",
     ) -> None:
         """Writes into the record what became of a mail noted in doubt, and its ``sent`` fact when it was relayed.
 
-        ``at`` is the epoch time of the smarthost's reply. Never raises, and tries for a minute: nobody waits for this.
+        Where the record is missing, since tracking was off or is slower than the smarthost, it is made. ``at`` is the
+        epoch time of the smarthost's reply. Never raises, and tries for a minute: nobody waits for this.
         """
+        sent_at = rfc3339(at)
+        record = new_record(
+            email_id=email_id,
+            group_id=group_id,
+            to=to,
+            subject_header=subject_header,
+            sent_at=sent_at,
+            outcome=outcome,
+            remote_id=remote_id,
+        )
+        facts = [_sent_fact(group_id, email_id, sent_at)] if is_relayed else []
         problem = ""
         for pause_seconds in SETTLE_PAUSES_SECONDS:
             gevent.sleep(pause_seconds)
-            problem = self.off_reason or self._try_to_settle(email_id, group_id, at, is_relayed, outcome, remote_id)
+            problem = self.off_reason or self._try_to_settle(email_id, record, facts, outcome, remote_id)
             if not problem:
                 return
         self.unsettled += 1
         log.warning("the record of a mail in doubt is not settled: %s", problem, extra={"email_id": email_id})
 
     def _try_to_settle(
-        self, email_id: str, group_id: str, at: float, is_relayed: bool, outcome: str, remote_id: str
+        self, email_id: str, record: bytes, facts: list[Publication], outcome: str, remote_id: str
     ) -> str:
         """One read and compare-and-set; what went wrong, '' when it is done. Again is harmless."""
         try:
             entry = self._bucket.get_from_leader(email_id)
         except (BusUnavailable, BusRefused) as error:
             return str(error)
-        record = parse_record(entry.value) if entry is not None else None
-        if entry is None or record is None:
-            return "the mail in doubt has no record to be settled"
-        value = settled_record(record, outcome=outcome, remote_id=remote_id)
-        publications = [self._bucket.replacement(email_id, value, entry.revision)]
-        if is_relayed:
-            publications.insert(0, _sent_fact(group_id, email_id, rfc3339(at)))
-        answers = self._jetstream.store(publications, self._ack_seconds)
+        if entry is None:
+            change = self._bucket.creation(email_id, record)
+        elif (noted := parse_record(entry.value)) is None:
+            return "its record is broken"
+        else:
+            value = settled_record(noted, outcome=outcome, remote_id=remote_id)
+            change = self._bucket.replacement(email_id, value, entry.revision)
+        answers = self._jetstream.store([*facts, change], self._ack_seconds)
         return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
 
     def stop(self) -> None:

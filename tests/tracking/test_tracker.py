@@ -49,6 +49,38 @@ def note(
     return email_id
 
 
+def settle(
+    tracker: Tracker, email_id: str, *, group_id: str, is_relayed: bool = True, outcome: str = "", remote_id: str = ""
+) -> None:
+    """Tells what became of a mail in doubt."""
+    tracker.settle(
+        email_id=email_id,
+        group_id=group_id,
+        to="user@example.com",
+        subject_header="Hello",
+        at=time.time(),
+        is_relayed=is_relayed,
+        outcome=outcome,
+        remote_id=remote_id,
+    )
+
+
+def test_a_mail_in_doubt_whose_record_was_lost_gets_one_when_it_is_settled(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = str(uuid.uuid4())
+    settle(tracker, email_id, group_id="tracker-lost", remote_id="r2")
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    record = orjson.loads(entry.value)
+    assert (record["group_id"], record["remote_id"], "outcome" in record) == ("tracker-lost", "r2", False)
+    assert Log(jetstream).counts("tracker-lost") == {"sent": 1}
+    # The record of the mail in doubt comes after it, and changes nothing.
+    note(tracker, email_id=email_id, group_id="tracker-lost", is_relayed=False, outcome="in_doubt")
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    assert "outcome" not in orjson.loads(entry.value)
+
+
 def test_a_relayed_mail_has_a_record_and_a_fact(jetstream: JetStream) -> None:
     tracker = new_tracker(jetstream)
     email_id = note(tracker, group_id="tracker-1")
@@ -71,9 +103,7 @@ def test_a_mail_in_doubt_is_settled_also_when_tracking_was_off_for_a_moment(jets
     tracker = new_tracker(jetstream)
     email_id = note(tracker, group_id="tracker-settled", is_relayed=False, outcome="in_doubt")
     tracker.off_reason = "for a moment"
-    settling = gevent.spawn(
-        tracker.settle, email_id=email_id, group_id="tracker-settled", at=time.time(), is_relayed=True, remote_id="r1"
-    )
+    settling = gevent.spawn(settle, tracker, email_id, group_id="tracker-settled", remote_id="r1")
     gevent.sleep(0.05)
     assert not settling.dead
     tracker.off_reason = ""
@@ -94,7 +124,7 @@ def test_settling_keeps_what_an_event_has_written_meanwhile(jetstream: JetStream
     assert entry is not None
     changed = orjson.dumps(orjson.loads(entry.value) | {"delivered": True})
     jetstream.store([bucket.replacement(email_id, changed, entry.revision)], 1.0)
-    tracker.settle(email_id=email_id, group_id=email_id, at=time.time(), is_relayed=False, outcome="failed")
+    settle(tracker, email_id, group_id=email_id, is_relayed=False, outcome="failed")
     entry = bucket.get(email_id)
     assert entry is not None
     record = orjson.loads(entry.value)
