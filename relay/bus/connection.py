@@ -4,8 +4,8 @@ nats-py reconnects by itself after a lost connection. A client that it closed fo
 stale connection and permissions does that) is replaced here by a new one with the same subscriptions, and
 one whose reader has ended without a word is reconnected. Nothing is buffered while disconnected.
 
-Owns who is told: ``on_change`` when it comes and goes, and when NATS refuses what serving needs. Everything
-here runs in the loop, in the bus's greenlet.
+Owns who is told: ``on_change`` when it comes and goes, and when NATS refuses what serving needs; ``on_lost`` and
+``on_denied`` for the sake of those who wait for an answer. Everything here runs in the loop, in the bus's greenlet.
 """
 
 from __future__ import annotations
@@ -59,6 +59,10 @@ class Connection:
         """Set while connected."""
         self.last_error = ""
         """Why it is not connected, or what NATS complained about last."""
+        self.on_lost: Callable[[], None] | None = None
+        """There is no connection (any more): what was asked over it is not answered."""
+        self.on_denied: Callable[[str], None] | None = None
+        """This user may not publish to the subject, which nats-py has put in lower case."""
 
     async def stay(self) -> None:
         """Connects and stays connected until ``close``."""
@@ -89,9 +93,11 @@ class Connection:
 
         async def on_error(error: Exception) -> None:
             if nc.is_connected:
-                self.last_error = in_words(error)
-                log.warning("NATS: %s", self.last_error)
-                self._denied(self.last_error)
+                text = in_words(error)
+                if text != self.last_error:  # a refused subject may be asked for with every question
+                    log.warning("NATS: %s", text)
+                self.last_error = text
+                self._denied(text)
             elif not (self.last_error == PASSWORD_REFUSED and is_hangup(error)):
                 self._changed(False, in_words(error))
 
@@ -139,9 +145,13 @@ class Connection:
     def _denied(self, text: str) -> None:
         """Tells when NATS refuses what serving needs: connected, and still no request comes or no reply goes out."""
         refused = _VIOLATION.search(text)
-        if refused is None or self._on_change is None:
+        if refused is None:
             return
         verb, nats_subject = refused[1].lower(), refused[2]
+        if verb == "publish" and self.on_denied is not None:
+            self.on_denied(nats_subject)
+        if self._on_change is None:
+            return
         if verb == "subscription":
             if self._subscriptions.serves(nats_subject):
                 self._on_change(False, f"this user may not subscribe to {nats_subject}; grant it in NATS")
@@ -160,6 +170,8 @@ class Connection:
             if self.connected.is_set() or why != self.last_error:
                 log.warning("NATS at %s: %s", ", ".join(map(without_password, self._servers)), why)
             self.connected.clear()
+            if self.on_lost is not None:
+                self.on_lost()
         self.last_error = why
         if self._on_change is not None:
             self._on_change(is_connected, why)

@@ -5,6 +5,10 @@ read: that bounds the memory of a slow reader. Where we are, we know ourselves. 
 (a reconnect, a restarted server, a consumer that is gone, a hole in the consumer's own numbers, silence where
 heartbeats were due) a new consumer starts behind the last message that came, so nothing is lost or repeated.
 
+A server that lost its newest messages, or got an older store back, gives their sequences to others. So each new
+consumer is followed by a look at the last message that came: when another stands in its place now, it is told as
+a gap, and following goes on behind the last message of those it remembers that is still the same.
+
 Sources: the JetStream wire API reference; ADR-17 (ordered consumer); ADR-37 (pulling with heartbeats).
 """
 
@@ -16,8 +20,9 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 from gevent.event import Event
@@ -39,7 +44,13 @@ INACTIVE_SECONDS = 60
 """After which the server drops a consumer from which nothing is pulled."""
 RETRY_SECONDS = 2.0
 """For one attempt to begin anew."""
+REFUSED_SECONDS = 3.0
+"""For so long a refusal may pass by itself: a server that has just started may not have its streams yet."""
 UNSUBSCRIBE_SECONDS = 2.0
+REMEMBERED = 1024
+"""Messages that came last, to find out how far back another store differs."""
+
+NO_MESSAGE_FOUND = 10037
 
 _numbers = itertools.count(1)
 
@@ -50,16 +61,24 @@ class Api(Protocol):
     def __call__(self, call: str, body: Mapping[str, Any] | None, timeout_seconds: float) -> dict[str, Any]: ...
 
 
+class _Came(NamedTuple):
+    """A message that came. No two of a stream were stored at the same sequence and time."""
+
+    sequence: int
+    nanoseconds: int
+
+
 class Follower:
     """An iterator of a stream's messages that ends with ``close``, from whichever greenlet that is called.
 
     Waiting for the next message blocks for as long as it takes. NATS may go away and come back meanwhile;
-    ``BusRefused`` is raised when it comes back without the stream. Use it as a context manager, so that nothing is
-    left behind whatever ends the loop.
+    ``BusRefused`` is raised when it comes back without the stream, and that stays so for some seconds. Use it as a
+    context manager, so that nothing is left behind whatever ends the loop.
 
     ``on_gap(expected, found)`` is called, by the greenlet that iterates, when the stream no longer has what comes
-    next: limits, a purge, or a stream made anew (``found`` is then not above ``expected``, and following goes on at
-    ``found``). It is noticed whenever a batch is asked for.
+    next: limits, a purge, or a stream made anew or put back to an earlier state (``found`` is then not above
+    ``expected``, and following goes on at ``found``). It is noticed whenever a batch is asked for. Which subjects the
+    lost messages had, nobody knows any more: behind a filter it says only that some may have been meant.
     """
 
     def __init__(
@@ -88,6 +107,12 @@ class Follower:
         """'' when a new one has to be made."""
         self._delivered = 0
         """The consumer's own number of the last message that came."""
+        self._came: deque[_Came] = deque(maxlen=REMEMBERED)
+        self._refused_since: float | None = None
+        self._last_at_pull = 0
+        """The stream's last sequence when the present pull began."""
+        self._passed = 0
+        """Up to here everything that the filter matches has come."""
         self._pulls = 0
         self._room = 0
         """How many messages the present pull may still bring."""
@@ -127,13 +152,10 @@ class Follower:
                 self._pause()
             try:
                 if not self._room:
-                    deadline = time.monotonic() + RETRY_SECONDS
-                    self._find_place(deadline)
-                    if not self._consumer:
-                        self._begin(deadline)
-                    self._pull()
+                    self._ask()
+                self._refused_since = None
             except (BusUnavailable, BusRefused) as error:
-                if isinstance(error, BusRefused) and error.code != 503:
+                if isinstance(error, BusRefused) and error.code != 503 and self._is_final(time.monotonic()):
                     raise
                 self._doubt()
                 self._pause()
@@ -153,6 +175,24 @@ class Follower:
         if self._token is not None:
             self._bus.unsubscribe(self._token, UNSUBSCRIBE_SECONDS)
 
+    def _is_final(self, now: float) -> bool:
+        """Whether NATS has refused for so long that it will not pass."""
+        if self._refused_since is None:
+            self._refused_since = now
+        return now - self._refused_since >= REFUSED_SECONDS
+
+    def _ask(self) -> None:
+        """Asks for the next batch; after each step that blocks it may have been closed."""
+        deadline = time.monotonic() + RETRY_SECONDS
+        self._find_place(deadline)
+        if not self._consumer and not self._closed.is_set():
+            self._begin(deadline)
+            self._check_last(deadline)
+        if self._consumer and not self._closed.is_set():
+            self._pull()
+        else:
+            self._news.set()  # nothing will come
+
     def _pause(self) -> None:
         self._closed.wait(random.uniform(0.1, 0.3))
 
@@ -160,27 +200,66 @@ class Follower:
         """Tells of a gap, when the stream no longer has the next message, and steps over it."""
         info = stream_info(self._api(f"STREAM.INFO.{self._stream}", None, seconds_left(deadline)))
         expected = self._next
+        self._last_at_pull = info.last_sequence
         if info.created != self._created:
             self._created = info.created
             self._doubt()
-            found = info.first_sequence
+            self._came.clear()
+            self._go_on_at(info.first_sequence)
         elif info.last_sequence + 1 < expected:  # the server lost its newest messages in a crash
             self._doubt()
-            found = info.last_sequence + 1
-        elif info.first_sequence > expected:
-            found = info.first_sequence
-        else:
-            return
-        self._next = found
-        if self._on_gap is not None:
+            self._go_on_at(min(self._behind_the_same(deadline), info.last_sequence + 1))
+        elif info.first_sequence > max(expected, self._passed + 1):
+            self._go_on_at(info.first_sequence)
+
+    def _check_last(self, deadline: float) -> None:
+        """Tells of a gap, when another message has the place of the last that came, and steps back.
+
+        The consumer is there already: it lives in the server's memory and does not outlive the change of a store.
+        """
+        if self._came and self._time_of(self._came[-1].sequence, deadline) not in {None, self._came[-1].nanoseconds}:
+            found = self._behind_the_same(deadline)
+            self._doubt()
+            self._go_on_at(found)
+
+    def _go_on_at(self, found: int) -> None:
+        expected, self._next = self._next, found
+        self._passed = min(self._passed, found - 1)
+        while self._came and self._came[-1].sequence >= found:
+            self._came.pop()
+        if self._on_gap is not None and not self._closed.is_set():
             self._on_gap(expected, found)
+
+    def _behind_the_same(self, deadline: float) -> int:
+        """The place behind the newest message that came and is still there, or of the oldest that is remembered."""
+        came = list(self._came)
+        same, other = 0, len(came)  # all before ``same`` are the same; two histories part once
+        while same < other:
+            middle = (same + other) // 2
+            if self._time_of(came[middle].sequence, deadline) == came[middle].nanoseconds:
+                same = middle + 1
+            else:
+                other = middle
+        if same:
+            return came[same - 1].sequence + 1
+        return came[0].sequence if came else self._next
+
+    def _time_of(self, sequence: int, deadline: float) -> int | None:
+        """When the message was stored, in nanoseconds; None when the stream has none (any more)."""
+        try:
+            answer = self._api(f"STREAM.MSG.GET.{self._stream}", {"seq": sequence}, seconds_left(deadline))
+        except BusRefused as error:
+            if error.code == NO_MESSAGE_FOUND:
+                return None
+            raise
+        return _nanoseconds(str(answer["message"]["time"]))
 
     def _begin(self, deadline: float) -> None:
         # We name it, so that it can be dropped also when its making was not answered.
-        self._consumer = secrets.token_hex(8)
+        name = self._consumer = secrets.token_hex(8)
         self._delivered = 0
         config = {
-            "name": self._consumer,
+            "name": name,
             "filter_subject": self._filter,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": self._next,
@@ -190,7 +269,11 @@ class Follower:
             "inactive_threshold": INACTIVE_SECONDS * NANOSECONDS,
         }
         body = {"stream_name": self._stream, "config": config}
-        self._api(f"CONSUMER.CREATE.{self._stream}.{self._consumer}", body, seconds_left(deadline))
+        try:
+            self._api(f"CONSUMER.CREATE.{self._stream}.{name}", body, seconds_left(deadline))
+        finally:
+            if self._consumer != name:  # dropped meanwhile, perhaps before the server had made it
+                self._drop(name)
 
     def _pull(self) -> None:
         self._pulls += 1
@@ -211,9 +294,13 @@ class Follower:
         self._room = 0
 
     def _drop_consumer(self) -> None:
-        if self._consumer and self._bus.is_connected:
-            self._bus.publish(Publication(f"$JS.API.CONSUMER.DELETE.{self._stream}.{self._consumer}", b""))
-        self._consumer = ""
+        name, self._consumer = self._consumer, ""
+        if name:
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        if self._bus.is_connected:
+            self._bus.publish(Publication(f"$JS.API.CONSUMER.DELETE.{self._stream}.{name}", b""))
 
     def _on_msg(self, msg: Msg) -> None:
         """Runs in the bus's greenlet. Messages of the stream have a reply subject, what the server says has none."""
@@ -225,13 +312,15 @@ class Follower:
                     self._doubt()
             else:  # the pull has ended: its time is over (408), it is full (409), or the consumer is gone (409, 503)
                 self._is_refused = self._room == BATCH and msg.status != "408"
+                if msg.status == "408" and self._room:  # there was nothing more to send
+                    self._passed = self._last_at_pull
                 if msg.status == "503":
                     self._doubt()
                 self._room = 0
         self._news.set()
 
     def _take(self, msg: Msg) -> None:
-        consumer, sequence, number, pending = _delivery(msg.reply_subject)
+        consumer, sequence, number, nanoseconds, pending = _delivery(msg.reply_subject)
         if consumer != self._consumer or self._closed.is_set():
             return
         if number != self._delivered + 1:
@@ -240,16 +329,23 @@ class Follower:
         self._delivered = number
         self._room -= 1
         self._next = sequence + 1
+        self._came.append(_Came(sequence, nanoseconds))
         self._received.append(StoredMsg(msg.nats_subject, sequence, msg.payload, msg.headers, pending))
 
 
-def _delivery(ack_subject: str) -> tuple[str, int, int, int]:
-    """Consumer, stream sequence, the consumer's own number, how many follow.
+def _delivery(ack_subject: str) -> tuple[str, int, int, int, int]:
+    """Consumer, stream sequence, the consumer's own number, when it was stored (in nanoseconds), how many follow.
 
     ``$JS.ACK.<stream>.<consumer>.<deliveries>.<stream sequence>.<consumer sequence>.<time>.<pending>``, or with two
     more tokens (domain, account) after ``ACK`` and perhaps one at the end.
     """
     tokens = ack_subject.split(".")
     first = 2 if len(tokens) <= 9 else 4
-    _, consumer, _, sequence, number, _, pending = tokens[first : first + 7]
-    return consumer, int(sequence), int(number), int(pending)
+    _, consumer, _, sequence, number, nanoseconds, pending = tokens[first : first + 7]
+    return consumer, int(sequence), int(number), int(nanoseconds), int(pending)
+
+
+def _nanoseconds(time_text: str) -> int:
+    """Since 1970, of ``2026-11-22T05:17:09.123456789Z``; the server leaves zeros at the end out."""
+    seconds, _, fraction = time_text.removesuffix("Z").partition(".")
+    return int(datetime.fromisoformat(f"{seconds}+00:00").timestamp()) * NANOSECONDS + int(fraction.ljust(9, "0"))

@@ -5,12 +5,13 @@ A stored publish is a plain publish with our own inbox as its reply subject: 5 Â
 
 Direct gets are answered by any replica, and a replica may lag: what it has is a piece of the stream
 without holes, but its end may be missing. So what a direct get does not find is asked again of the
-stream's leader (``STREAM.MSG.GET``). The same request serves a stream that allows no direct get.
+stream's leader (``STREAM.MSG.GET``). The same request serves a stream that allows no direct get, a user who may
+not ask for one, and a server that is too old to know batches: it answers with one message and never says the end.
 
 Every call has one deadline for all the requests it makes: ``timeout_seconds``, or the ``JetStream``'s own.
 Every call raises ``BusUnavailable`` (not connected, no answer in time, no leader right now: what was
-published may or may not be stored) and ``BusRefused`` with JetStream's ``err_code``, or 503 when JetStream
-is not there; what else a code means, the method says.
+published may or may not be stored) and ``BusRefused`` with JetStream's ``err_code``, 503 when JetStream is not
+there, or ``DENIED`` when this user may not ask for it; what else a code means, the method says.
 
 Sources: the JetStream wire API reference; ADR-31 (direct get and its batch forms); ADR-8 (KV).
 """
@@ -26,12 +27,14 @@ from gevent.event import Event
 
 from relay.bus.client import Bus, Msg, Publication, seconds_left
 from relay.bus.follow import Follower
+from relay.bus.outbox import DENIED
 from relay.bus.stored import (
     Stored,
     StoredMsg,
     StreamInfo,
     StreamPage,
     acknowledgement,
+    batch_msg,
     direct_msg,
     is_hit,
     json_object,
@@ -40,7 +43,7 @@ from relay.bus.stored import (
 )
 from relay.errors import BusRefused, BusUnavailable
 
-__all__ = ["JetStream", "Stored", "StoredMsg", "StreamInfo", "StreamPage"]
+__all__ = ["DENIED", "JetStream", "Stored", "StoredMsg", "StreamInfo", "StreamPage"]
 
 API = "$JS.API"
 
@@ -70,6 +73,10 @@ EXPECTED_STREAM = "Nats-Expected-Stream"
 DEDUPLICATION_ID = "Nats-Msg-Id"
 
 LEAST_NATS_SERVER = (2, 12)
+FIRST_WITH_BATCHES = (2, 11)
+
+NO_DIRECT_GET = frozenset({503, DENIED})
+"""Nobody answers, or nobody may ask: the leader is asked instead."""
 
 
 class JetStream:
@@ -202,7 +209,7 @@ class JetStream:
             if answer.status != "404":
                 raise BusRefused(f"JetStream answered {answer.status} to a direct get", int(answer.status or 0))
         except BusRefused as error:
-            if error.code != 503:
+            if error.code not in NO_DIRECT_GET:
                 raise
         return self.get_last_from_leader(stream, nats_subject, seconds_left(deadline))
 
@@ -273,7 +280,9 @@ class JetStream:
         return page.msgs
 
     def _batch(self, stream: str, request: Mapping[str, Any], timeout_seconds: float) -> list[StoredMsg] | None:
-        """None: the stream allows no direct get, or there is no such stream; the leader knows."""
+        """None: no batch is to be had here, or there is no such stream; the leader knows."""
+        if _is_older(self._bus.server_version, FIRST_WITH_BATCHES):
+            return None
         batch = _Batch()
         token = self._bus.request_stream(Publication(f"{API}.DIRECT.GET.{stream}", orjson.dumps(request)), batch)
         try:
@@ -281,7 +290,7 @@ class JetStream:
                 raise BusUnavailable(f"JetStream did not finish answering within {timeout_seconds:.3g} s")
         finally:
             self._bus.forget(token)
-        if isinstance(batch.error, BusRefused) and batch.error.code == 503:
+        if isinstance(batch.error, BusRefused) and batch.error.code in NO_DIRECT_GET:
             return None
         if batch.error is not None:
             raise batch.error
@@ -322,14 +331,17 @@ class JetStream:
 
 def old_server_problem(version: str) -> str:
     """What an older nats-server lacks, '' for one that is new enough."""
-    try:
-        parts = tuple(int(part) for part in version.split("-")[0].split(".")[:2])
-    except ValueError:
-        return ""
-    if parts >= LEAST_NATS_SERVER:
+    if not _is_older(version, LEAST_NATS_SERVER):
         return ""
     least = ".".join(map(str, LEAST_NATS_SERVER))
     return f"nats-server {version} is older than {least}: tracking needs its batch reads; update the server"
+
+
+def _is_older(version: str, least: tuple[int, int]) -> bool:
+    try:
+        return tuple(int(part) for part in version.split("-")[0].split(".")[:2]) < least
+    except ValueError:  # not known yet
+        return False
 
 
 def _api_request(call: str, body: Mapping[str, Any] | None) -> Publication:
@@ -346,7 +358,7 @@ class _Batch:
 
     def take(self, msg: Msg) -> bool:
         if is_hit(msg):
-            self.found.append(direct_msg(msg))
+            self.found.append(batch_msg(msg))
             return False
         if msg.status not in {"204", "404"}:
             self.error = BusRefused(f"JetStream answered {msg.status} to a batch get", int(msg.status or 0))

@@ -6,8 +6,9 @@ connection. Nothing is kept for a later connection: a reply or a record that goe
 does more harm than one that is known to be lost.
 
 Requests never use ``nats.request``, which costs a future and a timer each: a request is a publication
-whose reply subject is ``<inbox>.<number>``, and one table says who waits for which number. Whoever
-stops waiting, for whatever reason, takes its numbers out of the table.
+whose reply subject is ``<inbox>.<number>``, and one table says who waits for which number, and what was asked.
+Whoever stops waiting, for whatever reason, takes its numbers out of the table. Who waits for what can no longer
+be answered, because the connection is lost or NATS refused the subject, is told at once.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from relay.errors import BusRefused, BusUnavailable
 
 log = logging.getLogger("relay.bus")
 
+DENIED = 403
+"""Of a ``BusRefused``: this user may not publish there."""
+
 
 class Collector(Protocol):
     """Takes the answers that arrive for one request."""
@@ -36,7 +40,7 @@ class Collector(Protocol):
         """Takes one answer; True when it was the last."""
 
     def fail(self, error: BusUnavailable | BusRefused) -> None:
-        """The request could not be published."""
+        """The request could not be published, or is not going to be answered."""
 
 
 class _Answers:
@@ -85,10 +89,12 @@ class Outbox:
         self._filled = asyncio.Event()
         self._is_flagged = False
         self._next_number = 0
-        self._pending: dict[str, Collector] = {}
+        self._pending: dict[str, tuple[str, Collector]] = {}
         self._is_closed = False
         self.dropped = 0
         """Publications that could not be handed to NATS since the process started."""
+        connection.on_lost = self._on_lost
+        connection.on_denied = self._on_denied
 
     @property
     def is_empty(self) -> bool:
@@ -121,7 +127,7 @@ class Outbox:
         try:
             for index, publication in enumerate(publications):
                 collector = _One(answers, index)
-                inbox = self._expect(collector)
+                inbox = self._expect(publication, collector)
                 inboxes.append(inbox)
                 self.post(publication, inbox, collector)
             answers.done.wait(timeout_seconds)
@@ -133,7 +139,7 @@ class Outbox:
 
     def request_stream(self, publication: Publication, collector: Collector) -> str:
         """One request whose several answers go to ``collector`` until it has the last; a token for ``forget``."""
-        inbox = self._expect(collector)
+        inbox = self._expect(publication, collector)
         self.post(publication, inbox, collector)
         return inbox
 
@@ -141,26 +147,37 @@ class Outbox:
         """Drops a collector, whether or not its answers came."""
         self._pending.pop(inbox, None)
 
-    def _expect(self, collector: Collector) -> str:
+    def _expect(self, publication: Publication, collector: Collector) -> str:
         self._next_number += 1
         inbox = f"{self._inbox}.{self._next_number}"
-        self._pending[inbox] = collector
+        self._pending[inbox] = (publication.nats_subject, collector)
         return inbox
 
     def close(self) -> None:
         """Takes no more, and tells everyone who still waits."""
         self._is_closed = True
-        closed = BusUnavailable("the connection to NATS was closed")
+        self._fail_all(BusUnavailable("the connection to NATS was closed"))
+
+    def _fail_all(self, error: BusUnavailable) -> None:
         waiting, self._pending = self._pending, {}
-        for collector in waiting.values():
-            collector.fail(closed)
+        for _, collector in waiting.values():
+            collector.fail(error)
 
     # -- in the loop -----------------------------------------------------------------------
     def on_answer(self, msg: Msg) -> None:
         """An answer has come to our inbox."""
-        collector = self._pending.get(msg.nats_subject)
+        _, collector = self._pending.get(msg.nats_subject, ("", None))
         if collector is not None and collector.take(msg):
             self._pending.pop(msg.nats_subject, None)
+
+    def _on_lost(self) -> None:
+        self._fail_all(BusUnavailable("the connection to NATS was lost"))
+
+    def _on_denied(self, nats_subject: str) -> None:
+        for inbox, (asked, collector) in list(self._pending.items()):
+            if asked.lower() == nats_subject.lower():
+                del self._pending[inbox]
+                collector.fail(BusRefused(f"this user may not publish to {asked}; grant it in NATS", DENIED))
 
     def _flag(self) -> None:
         self._is_flagged = False

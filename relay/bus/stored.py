@@ -90,16 +90,15 @@ def is_hit(msg: Msg) -> bool:
     return "Nats-Sequence" in msg.headers
 
 
-def direct_msg(hit: Msg) -> StoredMsg:
+def direct_msg(hit: Msg, pending: int = 0) -> StoredMsg:
     """The message of the stream that answers a direct get."""
     headers = hit.headers
-    return StoredMsg(
-        headers["Nats-Subject"],
-        int(headers["Nats-Sequence"]),
-        hit.payload,
-        headers,
-        int(headers.get("Nats-Num-Pending", 0)),
-    )
+    return StoredMsg(headers["Nats-Subject"], int(headers["Nats-Sequence"]), hit.payload, headers, pending)
+
+
+def batch_msg(hit: Msg) -> StoredMsg:
+    """One of the messages that answer a batch direct get: only there the server says itself how many follow."""
+    return direct_msg(hit, int(hit.headers.get("Nats-Num-Pending", 0)))
 
 
 def leader_msg(answer: Mapping[str, Any]) -> StoredMsg:

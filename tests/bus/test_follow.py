@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import gevent
 import pytest
 
 from relay.bus.client import Bus, Publication
-from relay.bus.follow import BATCH, Follower, _delivery
+from relay.bus.follow import BATCH, REFUSED_SECONDS, Follower, _delivery, _nanoseconds
 from relay.bus.jetstream import STREAM_NOT_FOUND, JetStream, Stored
 from relay.errors import BusRefused
 from tests.bus.freezing import freeze
@@ -286,6 +288,87 @@ def test_a_stream_that_is_gone_ends_it_with_a_refusal(jetstream: JetStream) -> N
     assert refusal.value.code == STREAM_NOT_FOUND
 
 
+def test_a_stream_that_is_back_within_seconds_is_followed_on(jetstream: JetStream) -> None:
+    stream = new_stream(jetstream)
+    with jetstream.follow(stream.name, f"{stream.prefix}.>") as follower:
+        config = dict(jetstream.stream_info(stream.name).config)
+        jetstream.api(f"STREAM.DELETE.{stream.name}")
+        reading = gevent.spawn(next, follower)
+        gevent.sleep(REFUSED_SECONDS / 2)
+        jetstream.api(f"STREAM.CREATE.{stream.name}", config)
+        stream.store(b"again")
+        assert reading.get(timeout=5).payload == b"again"
+
+
+def stop(server: NatsServer, bus: Bus) -> None:
+    """Returns when the bus knows."""
+    server.stop()
+    while bus.is_connected:
+        gevent.sleep(0.01)
+
+
+@pytest.mark.parametrize("written", [0, 2, 3, 6], ids=["none", "fewer", "as many", "more"])
+def test_sequences_given_to_other_messages_are_told_and_read(
+    new_nats_server: NewServer, new_bus: NewBus, tmp_path: Path, written: int
+) -> None:
+    """The server gets an older store back, and others write before the follower is there again."""
+    server = new_nats_server()
+    store = server._store / "jetstream"
+    bus = new_bus(server.url)
+    jetstream = JetStream(bus)
+    stream = new_stream(jetstream, storage="file")
+    stream.store(*numbers(10))
+    stop(server, bus)
+    shutil.copytree(store, tmp_path / "older")
+    server.start()
+    gaps: list[tuple[int, int]] = []
+    assert bus.wait_connected(5)
+    with jetstream.follow(
+        stream.name, f"{stream.prefix}.a", from_sequence=1, on_gap=lambda *gap: gaps.append(gap)
+    ) as follower:
+        stream.store(b"lost", b"lost", b"lost")
+        assert read(follower, 13) == [*numbers(10), b"lost", b"lost", b"lost"]
+        stop(server, bus)
+        shutil.rmtree(store)
+        shutil.copytree(tmp_path / "older", store)
+        server.start()
+        assert bus.wait_connected(5)
+        stream.store(*numbers(10, 10 + written))
+        reading = gevent.spawn(read, follower, written + 1)
+        if not written:
+            while not gaps:
+                gevent.sleep(0.01)
+        stream.store(b"end")
+        assert reading.get() == [*numbers(10, 10 + written), b"end"]
+    assert gaps == [(14, 11)]
+
+
+def test_a_filter_is_told_of_no_gap_where_only_others_have_gone(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.bus.follow.EXPIRES_SECONDS", 2)
+    stream = new_stream(jetstream)
+    stream.store(b"1", last_token="mine")
+    gaps: list[tuple[int, int]] = []
+    with jetstream.follow(
+        stream.name, f"{stream.prefix}.mine", from_sequence=1, on_gap=lambda *gap: gaps.append(gap)
+    ) as follower:
+        assert next(follower).payload == b"1"
+        stream.store(*numbers(20), last_token="others")
+        reading = gevent.spawn(next, follower)
+        while follower._passed < 21:  # two pulls end
+            gevent.sleep(0.01)
+        jetstream.api(f"STREAM.PURGE.{stream.name}", {"seq": 20})
+        pulls = follower._pulls
+        while follower._pulls < pulls + 2:
+            gevent.sleep(0.01)
+        for name in stream.consumers():  # nor by a new consumer
+            jetstream.api(f"CONSUMER.DELETE.{stream.name}.{name}")
+        stream.store(b"2", last_token="mine")
+        assert reading.get().payload == b"2"
+    assert gaps == []
+
+
 # -- the end ---------------------------------------------------------------------------------
 
 
@@ -306,6 +389,20 @@ def test_closing_from_another_greenlet_ends_the_iteration(jetstream: JetStream, 
     follower.close()
     assert [each.payload for each in reading.get(timeout=2)] in ([b"1"], [])
     assert list(follower) == []
+    assert leaves_nothing(stream, bus, subscriptions)
+
+
+def test_closing_while_a_consumer_is_made_leaves_none_behind(jetstream: JetStream, bus: Bus) -> None:
+    stream = new_stream(jetstream)
+    subscriptions = len(bus._subscriptions._held)
+    for number in range(60):
+        follower = jetstream.follow(stream.name, f"{stream.prefix}.>")
+        follower._doubt()
+        reading = gevent.spawn(list, follower)
+        gevent.sleep(0.0001 * (number % 15))
+        follower.close()
+        assert reading.get(timeout=5) == []
+    bus.flush()
     assert leaves_nothing(stream, bus, subscriptions)
 
 
@@ -343,10 +440,28 @@ def test_closing_while_nats_is_away_does_not_hang(new_nats_server: NewServer, ne
 @pytest.mark.parametrize(
     ("ack_subject", "delivery"),
     [
-        ("$JS.ACK.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7", ("er814rTo", 10, 3, 7)),
-        ("$JS.ACK.hub.ACC.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7", ("er814rTo", 10, 3, 7)),
-        ("$JS.ACK._.ACC.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7.rnd", ("er814rTo", 10, 3, 7)),
+        ("$JS.ACK.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7", ("er814rTo", 10, 3, 1795321050967693990, 7)),
+        (
+            "$JS.ACK.hub.ACC.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7",
+            ("er814rTo", 10, 3, 1795321050967693990, 7),
+        ),
+        (
+            "$JS.ACK._.ACC.EMAIL_LOG.er814rTo.1.10.3.1795321050967693990.7.rnd",
+            ("er814rTo", 10, 3, 1795321050967693990, 7),
+        ),
     ],
 )
-def test_where_a_message_stands(ack_subject: str, delivery: tuple[str, int, int, int]) -> None:
+def test_where_a_message_stands(ack_subject: str, delivery: tuple[str, int, int, int, int]) -> None:
     assert _delivery(ack_subject) == delivery
+
+
+@pytest.mark.parametrize(
+    ("time_text", "nanoseconds"),
+    [
+        ("2026-11-22T05:17:30.967693990Z", 1795324650967693990),
+        ("2026-11-22T05:17:30.96769399Z", 1795324650967693990),
+        ("2026-11-22T05:17:30Z", 1795324650000000000),
+    ],
+)
+def test_a_stored_time(time_text: str, nanoseconds: int) -> None:
+    assert _nanoseconds(time_text) == nanoseconds

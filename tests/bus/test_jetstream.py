@@ -10,6 +10,7 @@ import pytest
 
 from relay.bus.client import Bus, Msg, Publication
 from relay.bus.jetstream import (
+    DENIED,
     MULTI_GET_LIMIT,
     NO_MESSAGE_FOUND,
     STREAM_NOT_FOUND,
@@ -329,3 +330,90 @@ def test_an_old_server_is_named(version: str, is_old: bool) -> None:
 
 def test_this_server_is_new_enough(jetstream: JetStream) -> None:
     assert jetstream.server_problem == ""
+
+
+# -- no batches, and no direct gets ------------------------------------------------------------
+
+
+def reads(jetstream: JetStream, stream: Stream) -> list[object]:
+    """What every way to read says; the same whichever way it goes."""
+    subjects = [f"{stream.prefix}.{token}" for token in "abc"]
+    last = jetstream.get_last(stream.name, subjects[0])
+    return [
+        last and last.payload,
+        {key: each.payload for key, each in jetstream.get_last_of_each(stream.name, subjects).items()},
+        [each.payload for each in jetstream.get_many(stream.name, {"multi_last": subjects})],
+        [each.payload for each in jetstream.page(stream.name, f"{stream.prefix}.>", 1).msgs],
+        jetstream.page(stream.name, f"{stream.prefix}.>", 1, limit=2).next_sequence,
+    ]
+
+
+def fill(jetstream: JetStream) -> Stream:
+    stream = new_stream(jetstream)
+    for token in "ab":
+        stream.store(b"old", token.encode(), last_token=token)
+    return stream
+
+
+def test_a_user_who_may_not_ask_replicas_asks_the_leader(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    deny = 'permissions: {publish: {deny: ["$JS.API.DIRECT.GET.>"]}}'
+    users = f'{{user: "a", password: "a"}}, {{user: "w", password: "w", {deny}}}'
+    url = new_nats_server(config=f"authorization {{ users: [{users}] }}").url
+    bus = new_bus(url.replace("//", "//a:a@"))
+    stream = fill(JetStream(bus))
+    expected = reads(JetStream(bus), stream)
+    bus.close()  # a process has one at a time
+    jetstream = JetStream(new_bus(url.replace("//", "//w:w@")))
+    begun = time.monotonic()
+    assert reads(jetstream, stream) == expected
+    assert time.monotonic() - begun < 5, "nothing waited for its deadline"
+
+
+def test_a_user_who_may_not_use_the_api_is_told_at_once(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    users = '{user: "w", password: "w", permissions: {publish: {deny: "$JS.API.>"}}}'
+    url = new_nats_server(config=f"authorization {{ users: [{users}] }}").url
+    jetstream = JetStream(new_bus(url.replace("//", "//w:w@")), timeout_seconds=30)
+    calls: list[Callable[[], object]] = [
+        lambda: jetstream.stream_info("Upper"),
+        lambda: jetstream.get_last("Upper", "s.a"),
+        lambda: jetstream.get_last_of_each("Upper", ["s.a", "s.b"]),
+        lambda: jetstream.page("Upper", "s.a", 1),
+        lambda: jetstream.follow("Upper", ">"),
+    ]
+    for call in calls:
+        with gevent.Timeout(5), pytest.raises(BusRefused) as refusal:
+            call()
+        assert refusal.value.code == DENIED
+
+
+def test_a_server_without_batches_is_read_from_its_leader(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server says that it is old; a batch, to which an old one never says the end, must not be asked for."""
+    stream = fill(jetstream)
+    expected = reads(jetstream, stream)
+    asked: list[str] = []
+    monkeypatch.setattr(Bus, "server_version", "2.10.26")
+    monkeypatch.setattr(Bus, "request_stream", lambda _, publication, __: asked.append(publication.nats_subject))
+    assert reads(jetstream, stream) == expected
+    assert asked == []
+
+
+def test_a_stored_header_decides_nothing(jetstream: JetStream) -> None:
+    stream = new_stream(jetstream)
+    stream.store(b"1", headers={"Nats-Num-Pending": "many"})
+    stream.store(b"2", headers={"Nats-Num-Pending": "9"})
+    nats_subject = f"{stream.prefix}.a"
+    last = jetstream.get_last(stream.name, nats_subject)
+    assert last is not None
+    assert (last.payload, last.pending) == (b"2", 0)
+    stream.store(b"3", headers={"Nats-Num-Pending": "many"})
+    last = jetstream.get_last(stream.name, nats_subject)
+    assert last is not None
+    assert (last.payload, last.pending) == (b"3", 0)
+    assert jetstream.get_last_of_each(stream.name, [nats_subject])[nats_subject].payload == b"3"
+    assert [each.payload for each in jetstream.page(stream.name, nats_subject, 1).msgs] == [b"1", b"2", b"3"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import gevent
@@ -11,6 +12,7 @@ from gevent.event import AsyncResult, Event
 from relay.bus.client import Bus, Msg, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
+from relay.bus.outbox import DENIED
 from relay.errors import BusRefused, BusUnavailable
 from tests.bus.freezing import frozen
 from tests.support.nats_server import NatsServer
@@ -114,4 +116,49 @@ def test_answers_are_told_apart(bus: Bus) -> None:
     assert large.code == 413
     assert isinstance(second, Msg)
     assert second.payload == b"2"
+    assert bus.waiting == 0
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_lost_connection_is_told_at_once_to_everyone_who_waits(
+    new_nats_server: Callable[..., NatsServer],
+    new_bus: Callable[[str], Bus],
+    call: Callable[[JetStream, Bucket], object],
+) -> None:
+    server = new_nats_server()
+    bus = new_bus(server.url)
+    jetstream = JetStream(bus, timeout_seconds=30)
+    with frozen(server):
+        asking = gevent.spawn(call, jetstream, Bucket(jetstream, "lost"))
+        with gevent.Timeout(5):
+            while not bus.waiting:
+                gevent.sleep(0)
+        assert server.process is not None
+        server.process.kill()
+    asking.join(timeout=5)
+    assert asking.ready(), "it waits for what nobody will answer any more"
+    refusals = asking.value if asking.successful() else [asking.exception]
+    assert {type(each) for each in refusals} == {BusUnavailable}
+    assert bus.waiting == 0
+    server.process.wait(10)
+    server.start()
+    assert bus.wait_connected(5)
+
+
+def test_a_refused_subject_is_told_at_once_and_to_nobody_else(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    users = '{user: "w", password: "w", permissions: {publish: {deny: "outbox.Denied.>"}}}'
+    server = new_nats_server(config=f"authorization {{ users: [{users}] }}")
+    bus = new_bus(server.url.replace("//", "//w:w@"))
+    bus.subscribe("outbox.>", "", lambda msg: bus.publish(Publication(msg.reply_subject, msg.payload)))
+    begun = time.monotonic()
+    denied, allowed = bus.request_all([Publication("outbox.Denied.A", b""), Publication("outbox.allowed", b"here")], 10)
+    assert time.monotonic() - begun < 5
+    assert isinstance(denied, BusRefused)
+    assert denied.code == DENIED
+    assert "may not publish to outbox.Denied.A" in str(denied)
+    assert isinstance(allowed, Msg)
+    assert allowed.payload == b"here"
+    assert bus.is_connected
     assert bus.waiting == 0
