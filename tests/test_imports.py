@@ -42,6 +42,7 @@ PURE = (
     "relay/submission/",
     "relay/tracking/record.py",
     "relay/tracking/groups.py",
+    "relay/tracking/cursors.py",
     "relay/delivery/reply.py",
     "relay/delivery/outcome.py",
     "relay/delivery/trouble.py",

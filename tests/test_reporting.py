@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 import uuid
@@ -16,9 +17,11 @@ import pytest
 from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.reporting import Reporting
+from relay.reporting import Reporting, status_gate
 from relay.tracking.groups import group_token
+from relay.tracking.legacy import REMEMBERED_ARRAYS
 from relay.tracking.log import Fact, fact_publication
+from relay.tracking.pages import PIECE_MAILS
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.conftest import require
 from tests.support.groups import make_index_bucket, put_array, put_records, record_of, send_mails, store
@@ -249,6 +252,44 @@ def test_a_mail_without_group_is_its_own_group(jetstream: JetStream, reporting: 
     assert analytics(reporting, in_doubt) == {"group_id": in_doubt, **counts()}, "not sent as far as is known"
 
 
+@pytest.mark.parametrize(
+    ("event", "counted"),
+    [
+        ({"delivered": True}, {"delivered": 1}),
+        ({"opened": True, "open_count": 2}, {"opened": 2, "unique_opened": 1}),
+        ({"bounced_at": "2025-01-15T10:31:00Z", "failed": True}, {"bounced": 1, "failed": 1}),
+    ],
+)
+def test_a_mail_in_doubt_of_which_there_are_events_was_sent(
+    jetstream: JetStream, reporting: Reporting, event: dict[str, Any], counted: dict[str, int]
+) -> None:
+    email_id = str(uuid.uuid4())
+    record = orjson.loads(record_of(email_id, email_id)) | {"outcome": "in_doubt"} | event
+    put_records(jetstream, {email_id: orjson.dumps(record)})
+    answer = analytics(reporting, email_id)
+    assert {name: answer[name] for name in counts()} == counts(total_sent=1, **counted)
+    assert answer["first_sent_at"] == record["sent_at"]
+
+
+def test_records_that_others_wrote_are_no_bug_of_ours(jetstream: JetStream, reporting: Reporting) -> None:
+    # Given records that JSON allows and that cannot be written again, or summed up
+    deep, counted, whole = (str(uuid.uuid4()) for _ in range(3))
+    head = record_of(deep, deep)[:-1]
+    put_records(jetstream, {deep: head + b',"x":' + b"[" * 300 + b"]" * 300 + b"}"})
+    huge = {"open_count": 2**64 - 1, "click_count": 2**64 - 1}
+    put_records(jetstream, {counted: orjson.dumps(orjson.loads(record_of(counted, "huge")) | huge)})
+    put_records(jetstream, {whole: record_of(whole, whole)[:-1] + b',"x":' + b"[" * 240 + b"]" * 240 + b"}"})
+    put_array(jetstream, "huge", written([counted, counted, deep]))
+    # Then the first is a broken one, and figures stay numbers
+    assert status(reporting, email_id=deep) == {"error": contract.INTERNAL_ERROR}
+    assert status(reporting, group_id=deep) == {"error": contract.NOT_FOUND}
+    assert [record["email_id"] for record in status(reporting, group_id="huge")] == [counted]
+    assert analytics(reporting, "huge")["opened"] == 2**32
+    # And one that is deep but can be written is given as it is, by itself and in a list
+    assert status(reporting, group_id=whole) == [status(reporting, email_id=whole)]
+    assert status(reporting, group_id=whole, limit=1)["records"] == [status(reporting, email_id=whole)]
+
+
 # -- analytics ---------------------------------------------------------------------------------------------------------
 def test_analytics_count_every_kind_of_fact(jetstream: JetStream, reporting: Reporting) -> None:
     # Given a group in which everything has happened
@@ -399,14 +440,82 @@ def test_a_broken_array_is_no_error_for_mails_that_are_known(
     assert analytics(reporting, group_id)["total_sent"] == 2
 
 
+# -- many questions at once --------------------------------------------------------------------------------------------
+def test_many_groups_of_large_records_are_read_without_a_hang_up(
+    nats_server: NatsServer, jetstream: JetStream, reporting: Reporting
+) -> None:
+    # Given 100 mails with records of 60 KB, and more questions at once than the server keeps answers for (64 MiB)
+    email_ids = send_mails(jetstream, "fat", 100)
+    put_records(
+        jetstream,
+        {each: record_of(each, "fat")[:-1] + b',"pad":"' + b"x" * 60_000 + b'"}' for each in email_ids},
+    )
+    # When all are asked
+    asked = [gevent.spawn(status, reporting, group_id="fat") for _ in range(30)]
+    asked += [gevent.spawn(status, reporting, email_id=email_ids[0]) for _ in range(1500)]
+    gevent.joinall(asked, timeout=30, raise_error=True)
+    # Then each is answered, and the server never hung up
+    assert all(each.value == {"error": contract.RESPONSE_TOO_LARGE} for each in asked[:30])
+    assert all(each.value["email_id"] == email_ids[0] for each in asked[30:])
+
+
+def test_large_questions_that_wait_for_their_turn_hold_no_array(jetstream: JetStream, reporting: Reporting) -> None:
+    # Given more groups of lfx's than arrays are remembered, each with an array that can be told from the others
+    group_ids = [f"waiting-{number}" for number in range(3 * REMEMBERED_ARRAYS)]
+    first = {group_id: f"first-of-{group_id}" for group_id in group_ids}
+    for group_id in group_ids:
+        put_array(jetstream, group_id, written([first[group_id], *(f"gone-{n}" for n in range(2 * PIECE_MAILS))]))
+    # When all wait while another one has the turn
+    traffic = reporting._reader.traffic
+    with traffic.turn(time.monotonic() + 20):
+        asked = [gevent.spawn(analytics, reporting, group_id) for group_id in group_ids]
+        with gevent.Timeout(10):
+            while traffic.waiting < len(asked):
+                gevent.sleep(0.01)
+        lists = [each for each in gc.get_objects() if type(each) is list and len(each) > PIECE_MAILS]
+        held = [each for each in lists if isinstance(each[0], str) and each[0] in first.values()]
+        assert len(held) <= REMEMBERED_ARRAYS
+    # Then each is answered in its turn
+    gevent.joinall(asked, timeout=20, raise_error=True)
+    assert [each.value["total_sent"] for each in asked] == [2 * PIECE_MAILS + 1] * len(asked)
+
+
+def test_what_waits_for_a_turn_does_not_turn_small_questions_away() -> None:
+    # Given a worker in which 60 questions have been in hand for twenty seconds, and hardly one was answered
+    gate = status_gate(5000, 64 * 1024 * 1024)
+    assert all(gate.take(now=100 + number / 10, size_bytes=100, patience_seconds=30) for number in range(60))
+    for second in range(106, 120, 7):
+        gate.finish(second, 100)
+    # Then the next is taken all the same
+    assert gate.take(now=120, size_bytes=100, patience_seconds=30)
+
+
+# -- a log made anew ---------------------------------------------------------------------------------------------------
+def test_a_cursor_from_before_the_log_was_made_anew_is_refused(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    reporting = Reporting(jetstream, lambda: MAX_PAYLOAD)
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    send_mails(jetstream, "anew", 5)
+    cursor = status(reporting, group_id="anew", limit=3)["cursor"]
+    assert len(status(reporting, group_id="anew", cursor=cursor)["records"]) == 2
+    jetstream.api(f"STREAM.DELETE.{contract.LOG_STREAM}")
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    email_ids = send_mails(jetstream, "anew", 2)
+    assert status(reporting, group_id="anew", cursor=cursor) == {"error": contract.INVALID_CURSOR}
+    assert [each for page in paged(reporting, "anew", 1) for each in page] == email_ids
+
+
 # -- when NATS does not answer -----------------------------------------------------------------------------------------
 def test_without_jetstream_it_is_an_internal_error(
-    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus], caplog: pytest.LogCaptureFixture
 ) -> None:
     reporting = Reporting(JetStream(new_bus(new_nats_server(jetstream=False).url)), lambda: MAX_PAYLOAD)
     for question in ({"email_id": "x"}, {"group_id": "g"}, {"group_id": "g", "limit": 5}):
         assert status(reporting, **question) == {"error": contract.INTERNAL_ERROR}
     assert analytics(reporting, "g") == {"error": contract.INTERNAL_ERROR}
+    assert caplog.text.count("a question could not be answered") == 1, "once a minute"
 
 
 def test_not_found_is_said_only_when_the_leader_says_so(

@@ -16,11 +16,9 @@ from relay.ops.health import HealthServer
 from relay.ops.parts import service
 from relay.ops.process import Context, run
 from relay.ops.waiting import serve_when_tracked
-from relay.reporting import Reporting, status_handler
-from relay.submission.admission import Admission
+from relay.reporting import Reporting, status_gate, status_handler
 
 HEALTH_PROGRAM = "status"
-WORKED_ON_AT_ONCE = 50
 
 
 class StatusWorker:
@@ -33,7 +31,7 @@ class StatusWorker:
         self._off_reason = "not connected yet"
         self._serving = gevent.Greenlet()
         reporting = Reporting(self._jetstream, lambda: context.bus.max_payload_bytes)
-        gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, WORKED_ON_AT_ONCE)
+        gate = status_gate(settings.backlog_limit, settings.backlog_limit_bytes)
         answers = {
             contract.GET_EMAIL_STATUS: reporting.status,
             contract.GET_EMAIL_ENGAGEMENT_ANALYTICS: reporting.analytics,
@@ -55,12 +53,14 @@ class StatusWorker:
 
     def _say(self, why_off: str) -> None:
         self._off_reason = why_off
-        self._context.presence.note("tracking", f"status and analytics are not served: {why_off}" if why_off else "")
+        self._context.presence.note(
+            "tracking", f"status and analytics cannot be answered: {why_off}" if why_off else ""
+        )
 
     def _readiness(self) -> tuple[bool, dict[str, Any]]:
         bus = self._context.bus
         facts: dict[str, Any] = {"nats": "connected" if bus.is_connected else bus.last_error}
-        facts["tracking"] = self._off_reason or "on"
+        facts["tracking"] = self._off_reason or self._jetstream.server_problem or "on"
         return bus.is_connected, facts
 
     def stop_taking(self, timeout_seconds: float) -> None:

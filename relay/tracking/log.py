@@ -36,6 +36,9 @@ class Fact(StrEnum):
     UNSUBSCRIBED = "unsubscribed"
 
 
+MOST_COUNTED = 2**32
+"""Of one mail, by a record that others may have written: a sum over a group shall still be a number in JSON."""
+
 EVENTS = tuple(fact for fact in Fact if fact is not Fact.SENT)
 
 
@@ -44,6 +47,15 @@ class Sent(NamedTuple):
 
     email_id: str
     sequence: int
+
+
+class Figures(NamedTuple):
+    """A group's figures, from one moment."""
+
+    counts: dict[str, int]
+    """Facts of each kind; kinds it has none of are left out."""
+    log_made_at: str
+    """When the log was made, as the server writes it: the sequences of one made anew mean something else."""
 
 
 class Page(NamedTuple):
@@ -70,37 +82,49 @@ def fact_publication(token: str, fact: Fact, email_id: str, at: str, event_id: s
 
 
 class Log:
-    """Questions to the log. Raises ``BusUnavailable`` and ``BusRefused``."""
+    """Questions to the log. Raises ``BusUnavailable`` and ``BusRefused``.
+
+    Each blocks for ``timeout_seconds`` at most, or for the ``JetStream``'s own.
+    """
 
     def __init__(self, jetstream: JetStream) -> None:
         self._jetstream = jetstream
 
-    def counts(self, token: str) -> dict[str, int]:
+    def counts(self, token: str, timeout_seconds: float | None = None) -> dict[str, int]:
         """How many facts of each kind the group has; kinds it has none of are left out. One request."""
-        prefix = f"{contract.LOG_PREFIX}.{token}."
-        info = self._jetstream.api(f"STREAM.INFO.{contract.LOG_STREAM}", {"subjects_filter": f"{prefix}*"})
-        counts = info["state"].get("subjects") or {}
-        return {nats_subject.removeprefix(prefix): int(count) for nats_subject, count in counts.items()}
+        return self.figures(token, timeout_seconds).counts
 
-    def first_sent_at(self, token: str) -> str:
+    def figures(self, token: str, timeout_seconds: float | None = None) -> Figures:
+        """The counts, and which log they are of. One request."""
+        prefix = f"{contract.LOG_PREFIX}.{token}."
+        question = {"subjects_filter": f"{prefix}*"}
+        info = self._jetstream.api(f"STREAM.INFO.{contract.LOG_STREAM}", question, timeout_seconds)
+        subjects = info["state"].get("subjects") or {}
+        counts = {nats_subject.removeprefix(prefix): int(count) for nats_subject, count in subjects.items()}
+        return Figures(counts, str(info.get("created", "")))
+
+    def first_sent_at(self, token: str, timeout_seconds: float | None = None) -> str:
         """When the first mail of the group was sent; '' when none was. One request."""
-        found = self._jetstream.get_many(
-            contract.LOG_STREAM, {"seq": 1, "next_by_subj": _subject(token, Fact.SENT), "batch": 1}
-        )
+        question = {"seq": 1, "next_by_subj": _subject(token, Fact.SENT), "batch": 1}
+        found = self._jetstream.get_many(contract.LOG_STREAM, question, timeout_seconds)
         return _at(found[0].payload) if found else ""
 
-    def last_event_at(self, token: str) -> str:
+    def last_event_at(self, token: str, timeout_seconds: float | None = None) -> str:
         """The latest time among the newest fact of each kind but ``sent``; '' when there is none. One request."""
         nats_subjects = [_subject(token, fact) for fact in EVENTS]
-        found = self._jetstream.get_many(contract.LOG_STREAM, {"multi_last": nats_subjects})
+        found = self._jetstream.get_many(contract.LOG_STREAM, {"multi_last": nats_subjects}, timeout_seconds)
         return latest(*(_at(stored.payload) for stored in found))
 
-    def page(self, token: str, from_sequence: int, limit: int = PAGE_LIMIT) -> Page:
+    def page(
+        self, token: str, from_sequence: int, limit: int = PAGE_LIMIT, timeout_seconds: float | None = None
+    ) -> Page:
         """The mails whose ``sent`` facts stand at ``from_sequence`` or after it, at most ``limit``.
 
         The end is the leader's: any replica may answer, and one that lags lacks the newest.
         """
-        page = self._jetstream.page(contract.LOG_STREAM, _subject(token, Fact.SENT), from_sequence, limit)
+        page = self._jetstream.page(
+            contract.LOG_STREAM, _subject(token, Fact.SENT), from_sequence, limit, timeout_seconds=timeout_seconds
+        )
         sent = [Sent(email_id, stored.sequence) for stored in page.msgs if (email_id := _email_id(stored.payload))]
         return Page(sent, page.next_sequence)
 
@@ -136,7 +160,7 @@ def facts_of(record: Mapping[str, Any]) -> dict[str, int]:
 
 def _count(number: object, otherwise: object = None) -> int:
     if isinstance(number, int):
-        return max(0, number)
+        return min(max(0, number), MOST_COUNTED)
     return len(otherwise) if number is None and isinstance(otherwise, list) else 0
 
 

@@ -18,7 +18,13 @@ from typing import Any
 import orjson
 
 MAX_TEXT_BYTES = 4096
-"""Of ``to`` and ``subject`` in a record: a bucket made by lfx's chart takes values of 64 KiB."""
+"""Of ``to`` and ``subject`` in a record, at most twice that in JSON: a bucket made by lfx's chart takes 64 KiB."""
+
+LONGEST_CHARACTER_BYTES = 6
+"""Of a character in JSON: control characters are escaped."""
+
+DEEPEST = 250
+"""Levels of a record that is none: orjson reads 1,024 and writes 254."""
 
 EVENT_TIMES = (
     "delivered_at",
@@ -119,12 +125,30 @@ def settled_record(record: Mapping[str, Any], *, outcome: str, remote_id: str) -
 
 
 def parse_record(value: bytes) -> dict[str, Any] | None:
-    """The record in a bucket's value, None when it is not one: broken records are left out, never an error."""
+    """The record in a bucket's value, None when it is not one: broken records are left out, never an error.
+
+    What is given can be written again, also with another object or array around it.
+    """
     try:
         record = orjson.loads(value)
     except orjson.JSONDecodeError:
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    if value.count(b"[") + value.count(b"{") > DEEPEST and _depth(record) > DEEPEST:
+        return None
+    return record
+
+
+def _depth(value: object) -> int:
+    """How deeply arrays and objects are nested, without recursion; more than ``DEEPEST`` is not counted out."""
+    depth = 0
+    level = [value]
+    while level and depth <= DEEPEST:
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+        depth += bool(inner)
+        level = [each for members in inner for each in members]
+    return depth
 
 
 def abridged_record(value: bytes, room_bytes: int) -> bytes:
@@ -142,7 +166,10 @@ def abridged_record(value: bytes, room_bytes: int) -> bytes:
 
 
 def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT_BYTES // 4:
+    if len(text) <= MAX_TEXT_BYTES // LONGEST_CHARACTER_BYTES:
         return text
     octets = text.encode("utf-8", "replace")
-    return text if len(octets) <= MAX_TEXT_BYTES else octets[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+    cut = text if len(octets) <= MAX_TEXT_BYTES else octets[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
+    if len(orjson.dumps(cut.encode("utf-8", "replace").decode())) <= 2 * MAX_TEXT_BYTES:
+        return cut
+    return cut[: MAX_TEXT_BYTES // LONGEST_CHARACTER_BYTES]

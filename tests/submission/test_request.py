@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from relay import contract
 from relay.errors import SubmissionRejected
-from relay.submission.request import SendRequest, decode_fields, decode_send_request
+from relay.submission.request import SendRequest, decode_fields, decode_send_request, decode_status_request
 
 FIELDS = ("to", "subject", "group_id")
 EMPTY = ("", "", "")
@@ -323,3 +323,33 @@ def test_a_group_id_too_long_for_the_record_is_refused(length: int, is_taken: bo
     else:
         with pytest.raises(SubmissionRejected, match="group_id is longer than 10000 characters"):
             decode_send_request(json.dumps(mail).encode())
+
+
+def test_a_group_id_of_characters_that_grow_in_json_is_refused() -> None:
+    mail = {"to": "a@example.com", "subject": "s", "html": "h", "text": "t", "group_id": "\x01" * 10_000}
+    with pytest.raises(SubmissionRejected, match="group_id is longer than 40002 bytes as JSON"):
+        decode_send_request(json.dumps(mail).encode())
+    assert decode_send_request(json.dumps(mail | {"group_id": "\x01" * 6_666}).encode()).group_id
+
+
+@pytest.mark.parametrize("name", ["limit", "Limit", "LIMIT", "lim\u0131t"])
+@pytest.mark.parametrize("value", ["5", "null", "0", "-0", "1001", "5.0", "1e1", '"5"', "true", "9" * 25, "[5]", "{}"])
+def test_a_limit_is_read_alike_on_both_paths(name: str, value: str) -> None:
+    def read(unknown: str) -> object:
+        payload = f'{{"group_id":"g","{name}":{value},"unknown":"{unknown}"}}'.encode()
+        try:
+            return decode_status_request(payload)
+        except SubmissionRejected as error:
+            return error.error
+
+    assert read("plain") == read("\\u0041"), "the second is read by the slow parser"
+
+
+def test_the_limit_of_a_question_with_repeated_names_is_the_last() -> None:
+    assert decode_status_request(b'{"limit":0,"LIMIT":7,"group_id":"limit"}').limit == 7
+
+
+def test_a_question_longer_than_any_group_id_is_refused() -> None:
+    assert decode_status_request(b'{"group_id":"%s","limit":1}' % (b"\\ud83d\\ude80" * 10_000)).limit == 1
+    with pytest.raises(SubmissionRejected, match="longer than 185536 bytes"):
+        decode_status_request(b'{"limit":5,"x":[%s]}' % b",".join([b"[]"] * 100_000))

@@ -11,7 +11,7 @@ import pytest
 from relay import contract
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream, Stored
-from relay.tracking.legacy import GroupIndex, parse_index
+from relay.tracking.legacy import REMEMBERED_ARRAYS, GroupIndex, parse_index
 from tests.support.groups import put_array
 from tests.support.nats_server import NatsServer
 
@@ -74,5 +74,37 @@ def test_the_largest_array_that_lfx_can_write_is_read(jetstream: JetStream) -> N
     assert GroupIndex(jetstream).email_ids("full") == email_ids
 
 
+@pytest.mark.usefixtures("index_bucket")
+def test_a_group_id_that_fits_into_no_subject_has_no_array(jetstream: JetStream) -> None:
+    assert GroupIndex(jetstream).email_ids("x" * 1_048_500) is None, "longer than max_payload with the subject"
+
+
+@pytest.mark.usefixtures("index_bucket")
+def test_an_array_is_parsed_once_as_long_as_it_stays_what_it_is(jetstream: JetStream) -> None:
+    index = GroupIndex(jetstream)
+    put_array(jetstream, "parsed", b'["a"]')
+    first = index.email_ids("parsed")
+    assert index.email_ids("parsed") is first
+    put_array(jetstream, "parsed", b'["a","b"]')
+    assert index.email_ids("parsed") == ["a", "b"]
+    for number in range(REMEMBERED_ARRAYS):
+        put_array(jetstream, f"parsed-{number}", b'["c"]')
+        assert index.email_ids(f"parsed-{number}") == ["c"]
+    put_array(jetstream, "parsed", b"{")
+    assert index.email_ids("parsed") is None
+
+
 def test_the_bucket_may_be_missing(new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]) -> None:
     assert GroupIndex(JetStream(new_bus(new_nats_server().url))).email_ids("group") is None
+
+
+def test_without_permission_there_is_no_array_and_it_is_said_once(
+    new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus], caplog: pytest.LogCaptureFixture
+) -> None:
+    denied = f"$JS.API.STREAM.MSG.GET.KV_{contract.GROUP_INDEX_BUCKET}"
+    users = f'{{user: "w", password: "w", permissions: {{publish: {{deny: "{denied}"}}}}}}'
+    url = new_nats_server(config=f"authorization {{ users: [{users}] }}").url
+    index = GroupIndex(JetStream(new_bus(url.replace("//", "//w:w@"))))
+    assert [index.email_ids("group"), index.email_ids("other")] == [None, None]
+    told = [each for each in caplog.records if each.name == "relay.tracking"]
+    assert [denied in each.getMessage() for each in told] == [True]

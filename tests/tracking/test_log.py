@@ -136,6 +136,7 @@ def test_a_page_from_a_replica_that_lags_is_complete(
         ({"failed": True, "bounced_at": AT}, {"failed": 1, "bounced": 1}),
         ({"click_count": 2, "last_clicked_at": AT}, {"click": 2, "clicked": 1}),
         ({"open_count": "many", "click_count": -1}, {}),
+        ({"click_count": 2**64 - 1}, {"clicked": 1, "click": 2**32}),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -9,13 +10,13 @@ from collections.abc import Callable
 
 import gevent
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.errors import BusUnavailable, SubmissionRejected
+from relay.bus.kv import Bucket
+from relay.errors import BusUnavailable
+from relay.tracking import pages
 from relay.tracking.log import Fact, fact_publication
 from relay.tracking.pages import (
     GIVE_WAY_SECONDS,
@@ -24,8 +25,6 @@ from relay.tracking.pages import (
     GroupReader,
     Place,
     Traffic,
-    decode_cursor,
-    encode_cursor,
 )
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.support.groups import SENT_AT, put_array, put_records, record_of, send_mails, store
@@ -124,37 +123,51 @@ def test_a_record_that_the_answering_replica_lacks_comes_from_the_leader(
     assert entry is not None, "and so does one that is asked for by itself"
 
 
-# -- cursors -----------------------------------------------------------------------------------------------------------
-PLACES = st.builds(Place, st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1))
+@pytest.mark.parametrize("piece_bytes", [1, 1000, 5000])
+def test_records_of_any_size_are_asked_for_some_bytes_at_a_time(
+    jetstream: JetStream, reader: GroupReader, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    group_id = f"bytes-{piece_bytes}"
+    email_ids = send_mails(jetstream, group_id, 30, subject_header="x" * 800)
+    Bucket(jetstream, contract.RECIPIENTS_BUCKET).delete(email_ids[3])
+    store(jetstream, [fact_publication(group_id, Fact.SENT, f"gone-{uuid.uuid4()}", SENT_AT)])
+    monkeypatch.setattr(pages, "PIECE_BYTES", piece_bytes)
+    assert listed(reader, group_id) == [each for each in email_ids if each != email_ids[3]]
 
 
-@given(st.text(max_size=100), PLACES)
-def test_a_cursor_names_its_place(group_id: str, place: Place) -> None:
-    cursor = encode_cursor(group_id, place)
-    assert decode_cursor(group_id, cursor) == place
-    assert cursor.replace("-", "a").replace("_", "a").isalnum()
+@pytest.mark.parametrize("at_once", ["ARRAYS_AT_ONCE", "PIECES_AT_ONCE", "RECORDS_AT_ONCE"])
+def test_with_one_request_at_a_time_everybody_is_answered(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch, at_once: str
+) -> None:
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    monkeypatch.setattr(pages, at_once, 1)
+    reader = GroupReader(jetstream)
+    email_ids = send_mails(jetstream, at_once, 5)
+    asked = [gevent.spawn(listed, reader, at_once) for _ in range(20)]
+    alone = [gevent.spawn(reader.record, email_id) for email_id in email_ids * 4]
+    gevent.joinall([*asked, *alone], timeout=10, raise_error=True)
+    assert all(each.value == email_ids for each in asked)
+    assert all(each.value is not None for each in alone)
 
 
-@given(st.text(max_size=10), st.text(max_size=10), PLACES)
-def test_a_cursor_of_another_group_is_refused(one: str, other: str, place: Place) -> None:
-    if one != other:
-        with pytest.raises(SubmissionRejected, match=contract.CURSOR_OF_ANOTHER_GROUP):
-            decode_cursor(other, encode_cursor(one, place))
+def test_a_question_never_waits_beyond_its_deadline(reader: GroupReader) -> None:
+    with contextlib.ExitStack() as others:
+        for _ in range(pages.ARRAYS_AT_ONCE):
+            others.enter_context(reader.traffic.arrays)
+        for _ in range(pages.PIECES_AT_ONCE):
+            others.enter_context(reader.traffic.pieces)
+        begun = time.monotonic()
+        with pytest.raises(BusUnavailable):
+            reader.look("waits", begun + 0.05)
+        with pytest.raises(BusUnavailable):
+            reader.mails([("x", Place())], begun + 0.1)
+        assert time.monotonic() - begun < 1
 
 
-@given(PLACES, st.integers(0, 35), st.characters())
-def test_a_changed_cursor_is_refused(place: Place, at: int, character: str) -> None:
-    cursor = encode_cursor("g", place)
-    changed = cursor[:at] + character + cursor[at + 1 :]
-    if changed.replace("+", "-").replace("/", "_") != cursor:
-        with pytest.raises(SubmissionRejected, match=contract.INVALID_CURSOR):
-            decode_cursor("g", changed)
-
-
-@given(st.text())
-def test_anything_else_is_refused(cursor: str) -> None:
-    with pytest.raises(SubmissionRejected, match=contract.INVALID_CURSOR):
-        decode_cursor("g", cursor)
+def test_a_look_that_fails_unexpectedly_says_so(reader: GroupReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader.log, "figures", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        reader.look("unexpected")
 
 
 # -- who goes first ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.submission.request import MAX_GROUP_ID_BYTES
 from relay.tracking.record import (
+    DEEPEST,
     MAX_TEXT_BYTES,
     abridged_record,
     earliest,
@@ -96,6 +98,29 @@ def test_what_is_none(text: str) -> None:
 @pytest.mark.parametrize("value", [b"", b"{", b"[]", b"1", b"null", b"\xff"])
 def test_what_is_no_record(value: bytes) -> None:
     assert parse_record(value) is None
+
+
+def test_what_is_read_can_be_written_again() -> None:
+    for levels in range(1, 400):
+        for begin, end in ((b"[", b"]"), (b'{"y":', b"}")):
+            inner = begin * levels + (b"0" if end == b"}" else b"") + end * levels
+            nested = parse_record(b'{"outcome":"in_doubt","x":' + inner + b"}")
+            assert (nested is not None) == (levels < DEEPEST), levels
+            if nested is not None:
+                assert settled_record(nested, outcome="failed", remote_id="")
+                assert orjson.dumps([[nested]])
+    wide = b'{"x":[' + b",".join([b"[]"] * 1000) + b"]}"
+    assert parse_record(wide) == orjson.loads(wide), "wide is not deep"
+
+
+def test_the_longest_record_of_an_accepted_mail_fits_into_a_bucket_of_lfx() -> None:
+    for character in ("\x01", "🚀", '"', "\n\x02"):
+        group_id = character * 10_000
+        while len(orjson.dumps(group_id)) > MAX_GROUP_ID_BYTES:
+            group_id = group_id[:-100]
+        longest = {"to": character * 10_000, "subject_header": character * 10_000, "group_id": group_id}
+        value = new_record(email_id="x" * 36, sent_at=rfc3339(0), outcome="in_doubt", remote_id="x" * 100, **longest)
+        assert len(value) < 64 * 1024
 
 
 @pytest.mark.parametrize(
