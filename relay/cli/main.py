@@ -13,13 +13,32 @@ import click
 from relay import __version__
 from relay.cli.lifecycle import start, stop
 from relay.cli.mails import analytics, inbox, send, track
+from relay.cli.records import events, export
 from relay.cli.setup import check, completion, settings
 from relay.cli.terminal import fail
+from relay.cli.upkeep import buckets, erase, repair
 from relay.cli.watching import logs, status
 from relay.errors import ConfigError, RelayError
 from relay.settings import apply_env_file
 
-COMMANDS = (start, stop, status, logs, send, track, analytics, inbox, check, settings, completion)
+COMMANDS = (
+    start,
+    stop,
+    status,
+    logs,
+    send,
+    track,
+    analytics,
+    events,
+    export,
+    inbox,
+    check,
+    buckets,
+    repair,
+    erase,
+    settings,
+    completion,
+)
 
 
 class InOrder(click.Group):

@@ -1,27 +1,30 @@
-"""One request over NATS from the command line."""
+"""NATS from the command line: one connection a command, one request, and errors that say what to do."""
 
 from __future__ import annotations
 
+import contextlib
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 import orjson
 
+from relay import contract
 from relay.bus.client import Bus, Publication, without_password
+from relay.bus.jetstream import STREAM_NOT_FOUND, JetStream
+from relay.cli.terminal import fail, say
 from relay.errors import BusRefused, BusUnavailable
+from relay.tracking.storage import NO_JETSTREAM, NO_JETSTREAM_CODES
 
 CONNECT_SECONDS = 3.0
 
 
-def ask(url: str, nats_subject: str, request: Mapping[str, Any], timeout_seconds: float) -> Any:
-    """Sends the request as JSON and gives the reply's JSON.
-
-    Raises ``BusUnavailable`` and ``BusRefused``, each with what to do.
-    """
-    bus = Bus(url, "relayctl")
+@contextlib.contextmanager
+def connected(url: str, on_change: Callable[[bool, str], None] | None = None) -> Iterator[Bus]:
+    """A connection for one command. Raises ``BusUnavailable``, with what to do."""
+    bus = Bus(url, "relayctl", on_change)
     bus.start()
     try:
         if not bus.wait_connected(CONNECT_SECONDS):
@@ -29,6 +32,43 @@ def ask(url: str, nats_subject: str, request: Mapping[str, Any], timeout_seconds
                 f"NATS at {without_password(url)} cannot be reached ({bus.last_error or 'no answer'}); start it, or set"
                 " NATS_URL"
             )
+        yield bus
+    finally:
+        bus.close()
+
+
+@contextlib.contextmanager
+def tracking_storage(url: str, on_change: Callable[[bool, str], None] | None = None) -> Iterator[JetStream]:
+    """JetStream for one command. What stops it is one sentence and exit code 1; an old server is named."""
+    try:
+        with connected(url, on_change) as bus:
+            jetstream = JetStream(bus)
+            if jetstream.server_problem:
+                say(f"warning: {jetstream.server_problem}")
+            yield jetstream
+    except BusRefused as error:
+        fail(BusRefused(_what_to_do(error), error.code))
+    except BusUnavailable as error:
+        fail(error)
+
+
+def _what_to_do(error: BusRefused) -> str:
+    if error.code in NO_JETSTREAM_CODES:
+        return NO_JETSTREAM
+    if error.code == STREAM_NOT_FOUND:
+        return (
+            f"there is no bucket {contract.RECIPIENTS_BUCKET} or no log {contract.LOG_STREAM} on this NATS; the first"
+            " worker makes them, and so does `relayctl check`"
+        )
+    return str(error)
+
+
+def ask(url: str, nats_subject: str, request: Mapping[str, Any], timeout_seconds: float) -> Any:
+    """Sends the request as JSON and gives the reply's JSON.
+
+    Raises ``BusUnavailable`` and ``BusRefused``, each with what to do.
+    """
+    with connected(url) as bus:
         try:
             answer = bus.request(Publication(nats_subject, orjson.dumps(request)), timeout_seconds)
         except BusRefused as error:
@@ -36,8 +76,6 @@ def ask(url: str, nats_subject: str, request: Mapping[str, Any], timeout_seconds
                 raise BusRefused(f"no relay serves {nats_subject} on this NATS; `relayctl start` starts one") from error
             raise
         return orjson.loads(answer.payload)
-    finally:
-        bus.close()
 
 
 def text_or_file(given: str) -> str:

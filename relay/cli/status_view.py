@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay.bus.client import without_password
+from relay.bus.jetstream import old_server_problem
 from relay.cli.fleet import Fleet, gather
 from relay.cli.terminal import plain
 from relay.ops.figures import OUTCOMES
@@ -140,6 +141,8 @@ def render(snapshot: Snapshot) -> RenderableType:
     fleet = snapshot.fleet
     url = without_password(str(snapshot.started.get("nats_url", "")))
     parts.append(_line("NATS", fleet.nats_problem, f"{url} (server {fleet.nats_version})"))
+    if old := old_server_problem(fleet.nats_version):
+        parts.append(Text(old, style=WAITING))
     parts.append(_line("Tracking", snapshot.tracking_problem, "on"))
     smarthost = _smarthost(snapshot)
     problem = snapshot.smtp_problem

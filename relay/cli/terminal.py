@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import click
@@ -33,6 +35,29 @@ def print_json(value: Any) -> None:
 def plain(text: object) -> str:
     """What a caller wrote, as it may be shown: control characters would move the operator's cursor, or worse."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))
+
+
+def say(text: str) -> None:
+    """One line on standard error, for what is no part of the output."""
+    click.echo(f"relayctl: {text}", err=True)
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C. A ``KeyboardInterrupt`` that arrives while gevent waits is printed by gevent; this is not."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises ``Interrupted`` here, wherever the process waits."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        raise Interrupted(EXIT_FAILED)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def current_settings(defaults: Mapping[str, str] | None = None) -> Settings:
@@ -67,5 +92,5 @@ def nats_url(settings: Settings) -> str:
 
 def fail(error: RelayError) -> NoReturn:
     """One line on standard error, and the exit code that fits."""
-    click.echo(f"relayctl: {error}", err=True)
+    say(str(error))
     sys.exit(EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILED)

@@ -21,6 +21,7 @@ from relay.errors import BusRefused, BusUnavailable, ConfigError, EgressUnavaila
 from relay.ops.parts import smarthost_config, storage_config
 from relay.ops.supervision import Supervision, check_port_free
 from relay.settings import Settings, unknown_names
+from relay.tracking.inspection import inspect
 from relay.tracking.log import Log
 from relay.tracking.storage import why_unusable
 
@@ -85,17 +86,22 @@ def _nats(settings: Settings) -> Iterator[Finding]:
 
 
 def _jetstream(bus: Bus, settings: Settings) -> Finding:
-    """Asks what the workers ask: the storage, a record, a group's counts."""
+    """Asks what the workers ask: the storage, a record, a group's counts; and what would lose data."""
     jetstream = JetStream(bus, timeout_seconds=CONNECT_SECONDS)
+    losing = []
     try:
         problem = why_unusable(jetstream, storage_config(settings))
         if not problem:
             Bucket(jetstream, contract.RECIPIENTS_BUCKET).get("no-such-mail")
             Log(jetstream).counts("no-such-group")
+            losing = [each for each in inspect(jetstream, storage_config(settings)).remarks if each.loses]
     except (BusRefused, BusUnavailable) as error:
         problem = f"{error}; the user needs permission for $JS.API.> and $KV.{contract.RECIPIENTS_BUCKET}.>"
     if problem:
         return Finding("JetStream", False, f"mail will go out untracked: {problem}", is_warning=True)
+    if losing:
+        told = "; ".join(f"{each.store} {each.text}" for each in losing)
+        return Finding("JetStream", False, f"{told} (`relayctl buckets` says what to do)", is_warning=True)
     return Finding("JetStream", True, f"bucket {contract.RECIPIENTS_BUCKET} and log {contract.LOG_STREAM} are there")
 
 

@@ -15,11 +15,13 @@ from relay.delivery.readiness import wait_for_smtp
 from relay.errors import EgressUnavailable
 from relay.ops.parts import storage_config
 from relay.ops.process import Context
-from relay.tracking.storage import wait_for_storage
+from relay.tracking.storage import wait_for_storage, why_unusable
 
 log = logging.getLogger("relay.process")
 
 FIRST_TRY_SECONDS = 10.0
+WATCH_SECONDS = 10.0
+"""Between two looks at a storage that was there: four small questions."""
 
 
 def wait_for_smarthost(context: Context, config: SmarthostConfig) -> None:
@@ -50,6 +52,7 @@ def serve_when_tracked(
 ) -> gevent.Greenlet:
     """Starts ``services`` as soon as records and facts can be read; ``say`` is told why not yet, then ''.
 
+    Goes on looking: ``say`` is told when they cannot be read any more, and when they can again; the services stay.
     Blocks for the first try and goes on in the greenlet that it returns; should that die, the process is stopped.
     """
     first_try = Event()
@@ -63,9 +66,14 @@ def serve_when_tracked(
         if problem := jetstream.server_problem:
             log.warning("%s", problem)
         wait_for_storage(jetstream, storage_config(context.settings), tell)
+        if jetstream.server_problem:
+            log.warning("%s", jetstream.server_problem)
         for service in services:
             service.start()
         first_try.set()
+        while True:
+            gevent.sleep(WATCH_SECONDS)
+            say(why_unusable(jetstream, storage_config(context.settings)))
 
     serving = gevent.spawn(serve)
     serving.link_exception(lambda _: context.stop.set())

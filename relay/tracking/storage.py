@@ -1,17 +1,18 @@
 """The bucket of records and the stream of facts: how they are made when they are missing.
 
-What exists is used as it is: a bucket that lfx's chart made keeps its limits. Made by us, the bucket
-has no limit on a value's size and both allow direct gets.
+What exists is used as it is: a bucket that lfx's chart made keeps its limits (``inspection`` says what they cost).
+Made by us, the bucket has no limit on a value's size, both allow direct gets, and both say who made them.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gevent
 
-from relay import contract
+from relay import __version__, contract
 from relay.bus.client import Publication
 from relay.bus.jetstream import (
     EXPECTED_STREAM,
@@ -24,6 +25,8 @@ from relay.bus.jetstream import (
 )
 from relay.errors import BusRefused, BusUnavailable
 
+T = TypeVar("T")
+
 DUPLICATE_WINDOW_SECONDS = 120
 NANOSECONDS = 1_000_000_000
 DAY_SECONDS = 86_400
@@ -31,6 +34,13 @@ RETRY_SECONDS = 1.0
 PROBE_SECONDS = 2.0
 NO_JETSTREAM_SECONDS = 10.0
 NO_JETSTREAM = "JetStream is not enabled on the NATS server; start it with -js (and a store directory)"
+NO_JETSTREAM_CODES = frozenset({NOT_ENABLED, NOT_ENABLED_FOR_ACCOUNT, 503})
+
+PATIENCE_SECONDS = 30.0
+"""For who reads much and is in no hurry: a NATS server takes some seconds to restart."""
+
+MADE_BY = "made_by"
+"""In a stream's metadata: who made it. What others made does not say so."""
 
 
 class StorageConfig(NamedTuple):
@@ -53,7 +63,7 @@ def ensure_storage(jetstream: JetStream, config: StorageConfig) -> str:
             _ensure_stream(jetstream, stream)
             _probe_writing(jetstream, stream)
     except BusRefused as error:
-        if error.code in {NOT_ENABLED, NOT_ENABLED_FOR_ACCOUNT, 503}:
+        if error.code in NO_JETSTREAM_CODES:
             return NO_JETSTREAM
         return f"the tracking storage could not be made: {error}"
     return ""
@@ -81,6 +91,21 @@ def why_unusable(jetstream: JetStream, config: StorageConfig) -> str:
         return ensure_storage(jetstream, config)
     except BusUnavailable as error:
         return str(error)
+
+
+def patiently(question: Callable[[], T], patience_seconds: float = PATIENCE_SECONDS) -> T:
+    """The answer to ``question``, which may be asked again: as long as NATS is away, but for so long at most.
+
+    Raises the last ``BusUnavailable`` then; other errors at once.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return question()
+        except BusUnavailable:
+            if time.monotonic() >= deadline:
+                raise
+        gevent.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
 def _ensure_stream(jetstream: JetStream, stream: dict[str, Any]) -> None:
@@ -134,5 +159,6 @@ def _stream(config: StorageConfig, **own: Any) -> dict[str, Any]:
         "num_replicas": config.replicas,
         "allow_direct": True,
         "duplicate_window": DUPLICATE_WINDOW_SECONDS * NANOSECONDS,
+        "metadata": {MADE_BY: f"Relay {__version__}"},
         **own,
     }

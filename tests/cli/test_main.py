@@ -37,7 +37,10 @@ def test_every_option_has_help(command: click.Command) -> None:
             assert parameter.help, parameter.name
 
 
-@pytest.mark.parametrize("name", ["status", "send", "track", "analytics", "inbox", "check", "settings", "logs"])
+SHOWING = ["status", "send", "track", "analytics", "inbox", "check", "settings", "logs", "events"]
+
+
+@pytest.mark.parametrize("name", [*SHOWING, "buckets", "repair", "erase"])
 def test_every_command_that_shows_something_can_show_json(name: str) -> None:
     assert any("--json" in parameter.opts for parameter in cli.commands[name].params)
 

@@ -61,5 +61,13 @@ def test_what_holds_mail_back_has_a_line(pool: dict[str, Any], line: str) -> Non
     assert line not in shown()
 
 
+@pytest.mark.parametrize(("version", "is_old"), [("2.11.9", True), ("2.15.1", False), ("", False)])
+def test_an_old_nats_server_has_a_line(version: str, is_old: bool) -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render(Snapshot(Path("/srv/relay/var"), {}, [], Fleet("", version, {}, 0))))
+    assert (f"nats-server {version} is older than 2.12" in capture.get()) == is_old
+
+
 def test_an_only_host_is_the_circuits_matter() -> None:
     assert "does not use" not in shown(hosts=[{"host": "a.example.com:587", "set_aside": "timed out"}])

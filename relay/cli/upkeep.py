@@ -1,0 +1,297 @@
+"""``relayctl buckets``, ``repair`` and ``erase``: what tracking keeps, and keeping it right."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from relay import contract
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.cli.progress import progress_bar
+from relay.cli.request import tracking_storage
+from relay.cli.terminal import (
+    console,
+    current_settings,
+    fail,
+    interruptible,
+    json_option,
+    nats_url,
+    plain,
+    print_json,
+)
+from relay.errors import EXIT_FAILED, BusRefused, RelayError
+from relay.ops.parts import storage_config
+from relay.tracking.erasure import ERASED_AT, erasable, erased
+from relay.tracking.inspection import Condition, Remark, Store, duration, inspect
+from relay.tracking.log import Fact
+from relay.tracking.record import is_email_id, parse_record, rfc3339
+from relay.tracking.repair import EXAMPLES, MIN_AGE_SECONDS, Repair, Report
+
+ERASE_SECONDS = 10.0
+
+
+# -- buckets ----------------------------------------------------------------------------------------------------------
+@click.command()
+@json_option
+def buckets(as_json_: bool) -> None:
+    """Shows the bucket of records, the log and lfx's index: figures, limits, and what they lack.
+
+    What is there is used as it is, whoever made it; for what it lacks it says what that costs, and the command that
+    changes it. Changes nothing. Exits 1 when something makes tracking lose data.
+
+    Example: relayctl buckets
+    """
+    settings = current_settings()
+    with tracking_storage(nats_url(settings)) as jetstream:
+        condition = inspect(jetstream, storage_config(settings))
+    if as_json_:
+        print_json(_condition_json(condition))
+    else:
+        console().print(_stores_table(condition.stores))
+        for remark in condition.remarks:
+            _show_remark(remark)
+        if not condition.remarks:
+            click.echo("\nnothing is lacking")
+    if condition.loses:
+        sys.exit(EXIT_FAILED)
+
+
+def _condition_json(condition: Condition) -> dict[str, Any]:
+    return {
+        "loses_data": condition.loses,
+        "stores": [_store_json(store) for store in condition.stores],
+        "remarks": [
+            {"name": each.store, "loses_data": each.loses, "text": each.text, "command": each.command}
+            for each in condition.remarks
+        ],
+    }
+
+
+def _store_json(store: Store) -> dict[str, Any]:
+    config = store.config
+    return {
+        "name": store.name,
+        "stream": store.stream,
+        "exists": config is not None,
+        "made_by": store.made_by,
+        "created": store.created,
+        "messages": store.messages,
+        "bytes": store.size_bytes,
+        "max_messages": store.number("max_msgs"),
+        "max_bytes": store.number("max_bytes"),
+        "max_message_bytes": store.number("max_msg_size"),
+        "replicas": store.number("num_replicas"),
+        "storage": str(config.get("storage", "")) if config is not None else "",
+        "ttl_seconds": store.ttl_seconds,
+        "allow_direct": bool(config.get("allow_direct")) if config is not None else False,
+    }
+
+
+def _stores_table(stores: list[Store]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("")
+    for store in stores:
+        table.add_column(store.name, overflow="fold")
+    cells = [_cells(store) for store in stores]
+    for name in cells[0]:
+        table.add_row(Text(name, style="bold"), *(Text(plain(each[name])) for each in cells))
+    return table
+
+
+def _cells(store: Store) -> dict[str, str]:
+    config = store.config or {}
+    is_there = store.config is not None
+    told = {
+        "messages": f"{store.messages:,}",
+        "bytes": f"{store.size_bytes:,}",
+        "most messages": _limit(store.number("max_msgs")),
+        "most bytes": _limit(store.number("max_bytes")),
+        "largest value": _limit(store.number("max_msg_size")),
+        "replicas": str(store.number("num_replicas")),
+        "storage": str(config.get("storage")),
+        "kept for": duration(store.ttl_seconds) if store.ttl_seconds else "ever",
+        "direct get": "yes" if config.get("allow_direct") else "no",
+        "made by": store.made_by,
+        "made at": store.created[:19].replace("T", " "),
+    }
+    return {"": "there" if is_there else "missing"} | {name: value if is_there else "" for name, value in told.items()}
+
+
+def _limit(most: int) -> str:
+    return f"{most:,}" if most else "any"
+
+
+def _show_remark(remark: Remark) -> None:
+    mark, style = ("loses", "red") if remark.loses else ("note", "yellow")
+    console().print(Text.assemble((f"\n{mark:<6}", style), (remark.store, "bold"), f" {plain(remark.text)}"))
+    if remark.command:
+        console().print(Text(f"      {plain(remark.command)}"), soft_wrap=True)
+
+
+# -- repair -----------------------------------------------------------------------------------------------------------
+@click.command()
+@click.argument("group_id", metavar="GROUP", required=False)
+@click.option("--scan", is_flag=True, help="Every group, and the mails without one.")
+@click.option("--dry-run", is_flag=True, help="Only show what is missing and what is surplus.")
+@click.option("--yes", is_flag=True, help="Change it without asking.")
+@click.option(
+    "--min-age",
+    default=float(MIN_AGE_SECONDS),
+    type=click.FloatRange(min=0),
+    show_default=True,
+    help="Leave alone what was written less than so many seconds ago.",
+)
+@json_option
+def repair(group_id: str | None, scan: bool, dry_run: bool, yes: bool, min_age: float, as_json_: bool) -> None:
+    """Makes the log of a GROUP agree with its records: appends the facts it lacks, deletes those too many.
+
+    Shows both by kind first, and asks. Reads every record of the bucket once, as only they say which group they
+    belong to. May run while mails are sent and events come; to run it again changes nothing. Exits 1 when there is
+    no such group, and when it was told not to go on.
+
+    Example: relayctl repair spring-newsletter --dry-run
+    """
+    if (group_id is None) != scan:
+        raise click.UsageError("give either a GROUP or --scan")
+    if as_json_ and not dry_run and not yes:
+        raise click.UsageError("--json asks nothing; say --dry-run or --yes as well")
+    with interruptible():
+        if dry_run or not yes:
+            report = _walk(group_id, min_age, is_changing=False)
+            _show_report(report, group_id, as_json_, is_changed=False)
+            if dry_run or report.is_well:
+                return
+            click.confirm("Change it?", abort=True, err=True)
+        _show_report(_walk(group_id, min_age, is_changing=True), group_id, as_json_, is_changed=True)
+
+
+def _walk(group_id: str | None, min_age_seconds: float, *, is_changing: bool) -> Report:
+    """Over a connection of its own: nobody keeps one alive while the operator thinks."""
+    with tracking_storage(nats_url(current_settings())) as jetstream:
+        work = Repair(jetstream, group_id, min_age_seconds=min_age_seconds)
+        with progress_bar("repairing" if is_changing else "looking", work.total) as advance:
+            report = work.mend(advance) if is_changing else work.look(advance)
+    if group_id is not None and not report.is_known:
+        fail(RelayError(f"group {plain(group_id)}: {contract.NOT_FOUND}"))
+    return report
+
+
+def _show_report(report: Report, group_id: str | None, as_json_: bool, *, is_changed: bool) -> None:
+    if as_json_:
+        print_json(
+            {
+                "group_id": group_id,
+                "changed": is_changed,
+                "records": report.records,
+                "facts": report.facts,
+                "missing": dict(report.missing),
+                "surplus": dict(report.surplus),
+                "left_alone": report.left_alone,
+                "repeated": report.repeated,
+                "facts_without_record": report.ownerless,
+            }
+        )
+        return
+    click.echo(f"{report.records:,} records, {report.facts:,} facts")
+    if report.is_well:
+        click.echo("nothing is missing and nothing is surplus")
+    else:
+        console().print(_report_table(report, is_changed))
+        if not is_changed:
+            for example in report.examples:
+                click.echo(f"  {plain(example)}")
+            if sum(report.missing.values()) + sum(report.surplus.values()) > EXAMPLES:
+                click.echo("  …")
+    if report.left_alone:
+        click.echo(f"left alone, as written just now: {report.left_alone:,} mails; look again later")
+    if report.repeated:
+        click.echo(f"refused by NATS as repeated, as deleted just now: {report.repeated:,} facts; look again later")
+    if report.ownerless:
+        click.echo(f"kept, though without a record (any more): {report.ownerless:,} facts")
+
+
+def _report_table(report: Report, is_changed: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("FACT")
+    for heading in ("APPENDED", "DELETED") if is_changed else ("MISSING", "SURPLUS"):
+        table.add_column(heading, justify="right")
+    for fact in Fact:
+        if report.missing[fact.value] or report.surplus[fact.value]:
+            table.add_row(fact.value, f"{report.missing[fact.value]:,}", f"{report.surplus[fact.value]:,}")
+    return table
+
+
+# -- erase ------------------------------------------------------------------------------------------------------------
+@click.command()
+@click.argument("email_id")
+@click.option("--yes", is_flag=True, help="Erase without asking.")
+@json_option
+def erase(email_id: str, yes: bool, as_json_: bool) -> None:
+    """Takes personal data out of the record of the mail EMAIL_ID: recipient, subject, user agents, addresses.
+
+    Ids, times and counts stay, so the figures of its group do too; events that come later are counted. The record
+    says when it was erased (erased_at). Cannot be undone. The log holds ids and times only; NATS frees the old bytes
+    on its disks when it compacts them, and backups keep what they have. Exits 1 when there is no such mail.
+
+    Example: relayctl erase 550e8400-e29b-41d4-a716-446655440000 --yes
+    """
+    if as_json_ and not yes:
+        raise click.UsageError("--json asks nothing; say --yes as well")
+    if not is_email_id(email_id):
+        fail(RelayError(f"mail {plain(email_id)}: {contract.NOT_FOUND}"))
+    with interruptible():
+        fields = _fields_to_erase(email_id)
+        if not yes and fields:
+            click.confirm(f"Erase {plain(', '.join(fields))} of mail {email_id}?", abort=True, err=True)
+        erased_at = _erase(email_id)
+    if as_json_:
+        print_json({"email_id": email_id, "erased_at": erased_at, "fields": fields})
+    else:
+        click.echo(f"erased: {plain(', '.join(fields))}" if fields else f"erased before, at {plain(erased_at)}")
+
+
+def _fields_to_erase(email_id: str) -> list[str]:
+    with tracking_storage(nats_url(current_settings())) as jetstream:
+        entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get_from_leader(email_id)
+    if entry is None:
+        fail(RelayError(f"mail {email_id}: {contract.NOT_FOUND}"))
+    record = parse_record(entry.value)
+    if record is None:
+        fail(RelayError(f"mail {email_id}: its record is broken; take it away with {_delete_command(email_id)}"))
+    return erasable(record)
+
+
+def _delete_command(email_id: str) -> str:
+    return f"nats kv del {contract.RECIPIENTS_BUCKET} {email_id}"
+
+
+def _erase(email_id: str) -> str:
+    """Erases by compare-and-set, and what a bucket with a history remembers; when it was erased."""
+    at = rfc3339(time.time())
+
+    def change(value: bytes | None) -> bytes | None:
+        return erased(value, at) if value is not None else None
+
+    with tracking_storage(nats_url(current_settings())) as jetstream:
+        bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
+        entry = bucket.update(email_id, change, deadline=time.monotonic() + ERASE_SECONDS)
+        if jetstream.stream_info(bucket.stream).config.get("max_msgs_per_subject") != 1:
+            _forget_old_values(jetstream, bucket, email_id)
+    record = parse_record(entry.value) if entry is not None else None
+    if record is None:
+        fail(RelayError(f"mail {email_id}: its record was taken away meanwhile"))
+    return str(record.get(ERASED_AT, ""))
+
+
+def _forget_old_values(jetstream: JetStream, bucket: Bucket, email_id: str) -> None:
+    nats_subject = f"$KV.{contract.RECIPIENTS_BUCKET}.{email_id}"
+    try:
+        jetstream.api(f"STREAM.PURGE.{bucket.stream}", {"filter": nats_subject, "keep": 1})
+    except BusRefused as error:
+        fail(RelayError(f"mail {email_id}: erased, but the bucket keeps the record's old values: {error}"))
