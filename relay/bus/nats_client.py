@@ -52,7 +52,7 @@ class TamedClient(Client):
         found = {}
         for line in raw.decode("utf-8", "replace").split("\r\n"):
             name, colon, value = line.partition(":")
-            if colon and name.isascii() and len(name.split()) == 1:
+            if colon and (name.startswith("Nats-") or (name.isascii() and len(name.split()) == 1)):
                 found[name.strip()] = value.strip(" \t\r\n\v\f")
         return found
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.drills import ses
+from scripts.drills import ses, tracking
 from scripts.drills.frame import Drill, Findings, Stage
 
-DRILLS: tuple[Drill, ...] = (*ses.DRILLS,)
+DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS)
 WRITTEN = Path(__file__).parents[2] / "var" / "drills.json"
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)

@@ -1,0 +1,118 @@
+"""An SMTP server that takes everything at once and keeps nothing but the mails' ids: a process of its own.
+
+    python -m scripts.drills.sink
+
+prints ``listening on 127.0.0.1:PORT``; on SIGTERM it prints, as one JSON object, how often it took which mail (by its
+tracking id). It offers PIPELINING, so that the smarthost is not what a drill waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from relay import contract
+
+START_SECONDS = 10.0
+STOP_SECONDS = 10.0
+END_OF_CONTENT = b"\r\n.\r\n"
+_TRACKING_ID = re.compile(rb"^" + contract.TRACKING_HEADER.encode() + rb": .*/([^/\r\n]+)\r$", re.MULTILINE)
+
+
+class Session(asyncio.Protocol):
+    """One connection. Commands are not checked: the relay's manners are other drills' business."""
+
+    def __init__(self, taken: Counter[str]) -> None:
+        self._taken = taken
+        self._received = b""
+        self._is_content = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greets."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self._transport = transport
+        transport.write(b"220 sink.example.com ESMTP\r\n")
+
+    def data_received(self, data: bytes) -> None:
+        """Answers every command and every content that is complete."""
+        self._received += data
+        replies = []
+        while True:
+            before, separator, after = self._received.partition(END_OF_CONTENT if self._is_content else b"\r\n")
+            if not separator:
+                break
+            self._received = after
+            replies.append(self._take(before) if self._is_content else self._answer(before))
+        self._transport.write(b"".join(replies))
+        if b"221 bye\r\n" in replies:
+            self._transport.close()
+
+    def _answer(self, line: bytes) -> bytes:
+        verb = line[:4].upper()
+        if verb == b"DATA":
+            self._is_content = True
+            return b"354 go on\r\n"
+        if verb == b"QUIT":
+            return b"221 bye\r\n"
+        if verb == b"EHLO":
+            return b"250-sink.example.com\r\n250-PIPELINING\r\n250 8BITMIME\r\n"
+        return b"250 ok\r\n"
+
+    def _take(self, content: bytes) -> bytes:
+        self._is_content = False
+        found = _TRACKING_ID.search(content)
+        self._taken[found[1].decode() if found else "no tracking id"] += 1
+        return b"250 Ok taken\r\n"
+
+
+class RunningSink:
+    """The sink's process, from the outside."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "scripts.drills.sink"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline().rpartition(":")[2])
+
+    def stop(self) -> Counter[str]:
+        """Ends it; how often it took which mail."""
+        self._process.terminate()
+        printed, _ = self._process.communicate(timeout=STOP_SECONDS)
+        return Counter(json.loads(printed))
+
+    @classmethod
+    @contextlib.contextmanager
+    def started(cls) -> Iterator[RunningSink]:
+        """Runs one, and ends it whatever happens."""
+        sink = cls()
+        try:
+            yield sink
+        finally:
+            if sink._process.poll() is None:
+                sink._process.kill()
+                sink._process.communicate(timeout=STOP_SECONDS)
+
+
+async def serve() -> Counter[str]:
+    """Serves until SIGTERM."""
+    taken: Counter[str] = Counter()
+    asked_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, asked_to_stop.set)
+    server = await loop.create_server(lambda: Session(taken), "127.0.0.1", 0, backlog=1000)
+    print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    await asked_to_stop.wait()
+    server.close()
+    return taken
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(serve())))
