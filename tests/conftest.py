@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from relay.bus.client import Bus
@@ -13,6 +14,11 @@ from relay.bus.jetstream import JetStream
 from tests.support.nats_server import BINARY, NatsServer
 
 IS_CI = bool(os.environ.get("CI"))
+
+# In CI the same cases each time, so that a failure there is one of the change; new ones are looked for elsewhere.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if IS_CI:
+    hypothesis.settings.load_profile("ci")
 
 
 def require(is_there: bool, what: str) -> None:

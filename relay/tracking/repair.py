@@ -166,22 +166,44 @@ def compare(record: Mapping[str, Any], logged: list[LoggedFact]) -> Difference:
         by_fact[each.fact].append(each)
     for fact in Fact:
         have = by_fact[fact.value]
-        if fact is Fact.SENT:
-            least, most = _sent(record)
-        else:
-            least = most = int(counts.get(fact, 0))
+        stated = int(counts.get(fact, 0))
+        least, most = _sent(record) if fact is Fact.SENT else (stated, stated)
         if fact in COUNTED:
-            _compare_counted(record, fact, most, have, difference)
+            # A record that says nothing of them, as after lfx's poller rewrote it, is no reason to delete any.
+            count = stated if _speaks_of(record, fact) else max(stated, len(have))
+            _compare_counted(record, fact, count, have, difference)
         else:
+            if not stated and fact is not Fact.SENT and not _speaks_of(record, fact):
+                most = 1
             difference.surplus.extend(have[most:])
             if len(have) < least:
                 difference.missing.append(Missing(fact, _time_of(record, fact), ""))
     return difference
 
 
+def _speaks_of(record: Mapping[str, Any], fact: Fact) -> bool:
+    """Whether the record itself says that there was none, or how many. A field that is missing, or of another type,
+    says nothing: the log may be the only one that knows."""
+    match fact:
+        case Fact.DELIVERED | Fact.FAILED | Fact.OPENED:
+            return isinstance(record.get(fact.value), bool)
+        case Fact.OPEN:
+            number = record.get("open_count")
+            return (isinstance(number, int) and not isinstance(number, bool)) or (
+                number is None and isinstance(record.get("opened_at_list"), list)
+            )
+        case Fact.CLICK | Fact.CLICKED:
+            number = record.get("click_count")
+            return isinstance(number, int) and not isinstance(number, bool)
+        case _:
+            return False
+
+
 def _sent(record: Mapping[str, Any]) -> tuple[int, int]:
     """How many ``sent`` facts there must and may be."""
     outcome = record.get("outcome")
+    if outcome and not isinstance(outcome, str):
+        return 0, 1
     if not outcome:
         return 1, 1
     return 0, int(outcome not in {"failed", "deferred"})
@@ -260,7 +282,10 @@ class Repair:
         self._scope = Scope(group_id)
         self._min_age_seconds = min_age_seconds
         self._on_progress: Callable[[int], None] = _tell_nobody
-        self._end = patiently(partial(jetstream.last_sequence, contract.LOG_STREAM))
+        logged = patiently(partial(jetstream.stream_info, contract.LOG_STREAM))
+        self._end = logged.last_sequence
+        self._kept_seconds = int(logged.config.get("max_age") or 0) / 1_000_000_000
+        """How long the log keeps a fact; 0: for ever."""
         self._is_alone = group_id is not None and self._is_mail_without_group(group_id)
         """The group is one mail that was sent without a group."""
         count = self._count_facts()
@@ -372,11 +397,22 @@ class Repair:
             return
         token = token_of(email_id, record)
         missing, surplus = compare(record, [each for each in logged if each.token == token])
+        missing = [each for each in missing if not self._has_expired(record, each)]
         difference = Difference(missing, [each for each in surplus if each.sequence < young_from])
         if difference:
             done = act(email_id, token, difference)
             report.note(email_id, done)
             report.repeated += len(difference.missing) - len(done.missing)
+
+    def _has_expired(self, record: Mapping[str, Any], missing: Missing) -> bool:
+        """Whether the log would no longer have the fact: records live longer, and put back it would outlive its record.
+
+        Without a time of its own, as the opens that only a number speaks for, a fact is as old as the mail.
+        """
+        if not self._kept_seconds:
+            return False
+        at = parse_time(record.get("sent_at") if missing.fact in COUNTED else missing.at or record.get("sent_at"))
+        return at is not None and at.timestamp() < time.time() - self._kept_seconds
 
     def _read_again(self, email_id: str) -> tuple[bytes, float] | None:
         """A record and when it was written, from the leader."""

@@ -212,7 +212,9 @@ def test_any_mail_comes_out_as_it_went_in(text: str, html: str, subject: str, na
     message = parsed(content)
     assert len(message.keys()) == 8
     assert [part.get_content_type() for part in message.iter_parts()] == ["text/plain", "text/html"]
-    assert message[contract.TRACKING_HEADER] == re.sub("[^ -~]", "", tracking_id).lstrip()
+    # As it stands on the wire: Python's parser would decode what looks like an encoded word, which SES does not.
+    raw = email.message_from_bytes(content, policy=email.policy.compat32)[contract.TRACKING_HEADER]
+    assert raw == re.sub("[^ -~]", "", tracking_id).lstrip()
     assert not message.defects
 
 
