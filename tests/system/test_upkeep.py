@@ -334,14 +334,14 @@ def test_an_exports_memory_does_not_grow_with_the_group(place: Place) -> None:
 # -- repair -----------------------------------------------------------------------------------------------------------
 def test_repair_shows_asks_and_mends(place: Place) -> None:
     email_ids = send_mails(place.jetstream, "spring", 3)
-    store(place.jetstream, [fact_publication("spring", Fact.BOUNCED, email_ids[0], SENT_AT)])
+    store(place.jetstream, [fact_publication("spring", Fact.FAILED, email_ids[0], SENT_AT)])
     command = ("repair", "spring", "--min-age", "0")
-    wrong = {"sent": 3, "bounced": 1}
+    wrong = {"sent": 3, "failed": 1}
     # When it is only looked, or the operator says no
     for arguments, typed, exit_code in ((("--dry-run",), "", 0), ((), "n\n", 1), ((), "", 1)):
         done = place.operator.run(*command, *arguments, typed=typed)
         assert done.returncode == exit_code, done.stderr
-        assert f"surplus bounced {email_ids[0]}" in done.stdout
+        assert f"surplus failed {email_ids[0]}" in done.stdout
         # Then nothing changes
         assert Log(place.jetstream).counts("spring") == wrong
     # And when the operator says yes, it is mended, and again there is nothing to do
@@ -359,10 +359,10 @@ def test_repair_shows_asks_and_mends(place: Place) -> None:
 
 def test_repair_of_what_is_new_waits(place: Place) -> None:
     email_ids = send_mails(place.jetstream, "spring", 1)
-    store(place.jetstream, [fact_publication("spring", Fact.BOUNCED, email_ids[0], SENT_AT)])
+    store(place.jetstream, [fact_publication("spring", Fact.FAILED, email_ids[0], SENT_AT)])
     done = place.operator.run("repair", "spring", "--yes")
     assert "left alone, as written just now: 1 mails" in done.stdout
-    assert Log(place.jetstream).counts("spring") == {"sent": 1, "bounced": 1}
+    assert Log(place.jetstream).counts("spring") == {"sent": 1, "failed": 1}
 
 
 @pytest.mark.parametrize(
