@@ -107,22 +107,12 @@ class Sending:
         )
 
     def _record(self, mail: Mail, outcome: Outcome) -> None:
-        is_relayed = outcome.state is State.RELAYED
-        self._tracker.note(
-            email_id=mail.email_id,
-            group_id=mail.group_id,
-            to=mail.to,
-            subject_header=mail.subject_header,
-            at=time.time(),
-            is_relayed=is_relayed,
-            outcome="" if is_relayed else outcome.state.value,
-            remote_id=outcome.remote_id,
-        )
+        self._tracker.note(**_tracked(mail, outcome))
 
     def _settle(self, mail: Mail, outcomes: list[Outcome]) -> None:
         """The smarthost has spoken of a mail whose caller was told that it is in doubt: the record says it from now on.
 
-        It may happen before the record of the mail in doubt is written; ``Tracker.settle`` tries again then.
+        It may happen before the record of the mail in doubt is written; ``Tracker.settle`` makes it then.
         """
         (outcome,) = outcomes
         fields = {"email_id": mail.email_id, "outcome": outcome.state.value, "reply_code": outcome.reply_code}
@@ -131,17 +121,7 @@ class Sending:
             return
         self.counts["settled"] += 1
         log.info("mail in doubt settled: %s", without_addresses(outcome.detail[:200]), extra=fields)
-        is_relayed = outcome.state is State.RELAYED
-        self._tracker.settle(
-            email_id=mail.email_id,
-            group_id=mail.group_id,
-            to=mail.to,
-            subject_header=mail.subject_header,
-            at=time.time(),
-            is_relayed=is_relayed,
-            outcome="" if is_relayed else outcome.state.value,
-            remote_id=outcome.remote_id,
-        )
+        self._tracker.settle(**_tracked(mail, outcome))
 
     def _note(self, mail: Mail, outcome: Outcome, compose_s: float, smtp_s: float, tracking_s: float) -> None:
         """Counts and logs: ids, what was said and how long each step took; never an address or content."""
@@ -163,6 +143,21 @@ class Sending:
         said = without_addresses(outcome.detail[:200])
         self.last_error = f"{rfc3339(time.time())} {said}"
         log.warning("mail not relayed: %s", said, extra=fields | {"reply_code": outcome.reply_code})
+
+
+def _tracked(mail: Mail, outcome: Outcome) -> dict[str, Any]:
+    """What the tracker is told of a mail that was handed over, or whose fate is known at last."""
+    is_relayed = outcome.state is State.RELAYED
+    return {
+        "email_id": mail.email_id,
+        "group_id": mail.group_id,
+        "to": mail.to,
+        "subject_header": mail.subject_header,
+        "at": time.time(),
+        "is_relayed": is_relayed,
+        "outcome": "" if is_relayed else outcome.state.value,
+        "remote_id": outcome.remote_id,
+    }
 
 
 def _refused(refusal: SubmissionRejected) -> bytes:

@@ -88,7 +88,10 @@ def test_who_will_have_its_turn_in_time_is_let_in(recipients: int) -> None:
     pacer = Pacer(Rate(5.0))
     pacer.wait(1, soon())
     waiting = gevent.spawn(pacer.wait, recipients, soon(1.0))
+    started_at = time.monotonic()
     waiting.get(timeout=2.0)
+    assert time.monotonic() - started_at < 1.0
+    assert pacer.waiting == 0
 
 
 def test_a_killed_caller_holds_nobody_up() -> None:
