@@ -1,6 +1,8 @@
 """Makes mails wait for their turn at the sending rate: a queue, first come, first served, with two alarms.
 
-The shell around ``rate``. Nobody waits in vain: who could not be served before its deadline is refused at once.
+The shell around ``rate``. Nobody waits in vain: who could not be served before its deadline is refused at once. Where
+the rate was learned from a refusal it may be as little as ``LEAST_KEEP`` of the truth, and who would be served in time
+at the truth may stay: what was a guess must not cost a mail that there is time for.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 import gevent
 from gevent.hub import Waiter
 
-from relay.delivery.rate import Rate
+from relay.delivery.rate import LEAST_KEEP, Rate
 from relay.errors import EgressUnavailable, PoolClosed, RateTimeout
 
 
@@ -39,8 +41,10 @@ class Pacer:
         """Mails that wait."""
         return len(self._queue)
 
-    def wait(self, recipients: int, deadline: float) -> None:
+    def wait(self, recipients: int, deadline: float, *, is_retry: bool = False) -> None:
         """Return when it is this mail's turn; blocks until ``deadline`` (``time.monotonic()``) at most.
+
+        ``is_retry``: it has had a turn, and was refused for being too fast: it came first, and goes first.
 
         Raises ``RateTimeout``, at once when the turn would come too late; ``PoolClosed``; what ``refuse`` was given.
         """
@@ -48,13 +52,18 @@ class Pacer:
             raise PoolClosed("shutting down")
         now = time.monotonic()
         rate = self.rate
-        if not self._queue and rate.take(recipients, now):
+        if (is_retry or not self._queue) and rate.take(recipients, now):
             return
-        if now + rate.seconds_until(recipients, now) + self._recipients / rate.current > deadline:
+        before = 0 if is_retry else self._recipients
+        seconds = rate.seconds_until(recipients, now) + before / rate.current
+        if now + seconds * (LEAST_KEEP if rate.is_lowered else 1.0) > deadline:
             raise RateTimeout(repr(self))
         waiter = Waiter()
         self._queue[waiter] = (recipients, deadline)
         self._recipients += recipients
+        if is_retry:
+            self._queue.move_to_end(waiter, last=False)
+            self._stop_turn_alarm()
         if self._turn_alarm is None:
             self._set_turn_alarm(now)
         if deadline < self._deadline_alarm_at:

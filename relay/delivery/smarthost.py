@@ -144,11 +144,11 @@ class Smarthost:
         self._try_again(mail, session, ending)
         return mail.outcomes
 
-    def _connection(self, recipients: int, deadline: float) -> Session:
+    def _connection(self, recipients: int, deadline: float, *, is_retry: bool = False) -> Session:
         """Wait for this mail's turn and for a connection. Raises ``EgressUnavailable``."""
         was_limited = self._rate.is_limited
         if was_limited:
-            self._pacer.wait(recipients, deadline)
+            self._pacer.wait(recipients, deadline, is_retry=is_retry)
         session = self._pool.acquire(deadline)
         if self._rate.is_limited and not was_limited:
             # It queued for a connection when nothing was known of a limit yet: now it queues for its turn.
@@ -184,7 +184,7 @@ class Smarthost:
                 return
             try:
                 if ending.remedy is Remedy.SLOWER:
-                    session = self._connection(len(mail.paths), mail.deadline)
+                    session = self._connection(len(mail.paths), mail.deadline, is_retry=True)
                 else:
                     session = self._pool.acquire(mail.deadline)
             except EgressUnavailable as error:

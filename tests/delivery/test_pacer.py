@@ -120,3 +120,34 @@ def test_everyone_can_be_turned_away(error: EgressUnavailable | None) -> None:
     assert all(isinstance(caller.exception, EgressUnavailable) for caller in callers)
     assert pacer.waiting == 0
     assert repr(pacer) == "1 of 1 recipients/s, 0 mails wait"
+
+
+def test_who_was_refused_for_being_too_fast_goes_first() -> None:
+    pacer = Pacer(Rate(20.0))
+    pacer.wait(2, soon())
+    order: list[str] = []
+
+    def caller(name: str, is_retry: bool) -> None:
+        pacer.wait(1, soon(), is_retry=is_retry)
+        order.append(name)
+
+    callers = [gevent.spawn(caller, "new", False) for _ in range(5)]
+    gevent.sleep(0)
+    callers.append(gevent.spawn(caller, "again", True))
+    gevent.joinall(callers, timeout=5.0, raise_error=True)
+    assert order == ["again"] + ["new"] * 5
+    assert pacer.waiting == 0
+
+
+def test_a_guess_at_the_rate_refuses_nobody_whom_the_truth_may_serve() -> None:
+    pacer = Pacer(Rate())
+    pacer.rate.throttled(time.monotonic())
+    # One recipient a second, which may be four.
+    pacer.wait(1, soon())
+    deadline = soon(1.5)
+    callers = [gevent.spawn(pacer.wait, 1, deadline) for _ in range(20)]
+    gevent.sleep(0)
+    assert 4 <= pacer.waiting <= 7
+    gevent.joinall(callers, timeout=5.0)
+    assert time.monotonic() < deadline + 1.0
+    assert pacer.waiting == 0
