@@ -27,6 +27,10 @@ LOG_STREAM: Final = "EMAIL_LOG"
 LOG_PREFIX: Final = "lfx.email-service.log"
 """Facts are published to ``<LOG_PREFIX>.<group token>.<fact>``."""
 
+PARKED_STREAM: Final = "EMAIL_PARKED"
+PARKED_SUBJECT: Final = "lfx.email-service.parked"
+"""Where notifications of events go that nobody could read: for operators (``relayctl parked``), not for callers."""
+
 # -- fields of a ``send_email`` request -------------------------------------------------
 SEND_EMAIL_FIELDS: Final = (
     "to",

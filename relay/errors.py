@@ -11,7 +11,7 @@ from typing import ClassVar
 EXIT_OK = 0
 """Asked to stop, and stopped in order."""
 EXIT_FAILED = 1
-"""A command could not do what it was asked."""
+"""A command could not do what it was asked, or a worker could not go on: it may after a new start."""
 EXIT_TEMPORARY = 75
 """Something that may pass by itself (EX_TEMPFAIL): start the process again later."""
 EXIT_CONFIG = 78
@@ -90,6 +90,12 @@ class BusRefused(RelayError):
     def __init__(self, text: str, code: int = 0) -> None:
         super().__init__(text)
         self.code = code
+
+
+class QueueUnavailable(RelayError):
+    """SQS did not answer, or refused the call as a whole; what was asked may or may not have been done."""
+
+    retryable = True
 
 
 class RevisionConflict(BusRefused):

@@ -22,7 +22,7 @@ from relay.errors import BusRefused, BusUnavailable, SubmissionRejected
 from relay.submission.admission import Admission
 from relay.submission.request import decode_fields, decode_status_request
 from relay.tracking.cursors import CURSOR_CHARACTERS, Place, decode_cursor, encode_cursor
-from relay.tracking.log import Fact, facts_of
+from relay.tracking.facts import Fact, facts_of
 from relay.tracking.pages import PIECE_MAILS, Glance, GroupReader
 from relay.tracking.record import abridged_record, earliest, last_event_at, latest, new_record, parse_record
 

@@ -162,6 +162,14 @@ def _ca_file(value: object) -> object:
     return value
 
 
+def _queue_url(value: object) -> object:
+    if value:
+        url = urlsplit(str(value))
+        if url.scheme not in {"https", "http"} or not url.hostname or not url.path.strip("/"):
+            raise ValueError("must be the queue's URL: https://sqs.<region>.amazonaws.com/<account>/<queue>")
+    return value
+
+
 def _token(value: object) -> object:
     if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9_-]{0,64}", value):
         raise ValueError("may hold only A-Z a-z 0-9 _ -, at most 64 (Amazon's rule)")
@@ -342,6 +350,47 @@ class Settings(BaseSettings):
     ses_configuration_set: Annotated[str, BeforeValidator(_token)] = _row(
         Group.SES, "", "Configuration set named in every mail, so that SES publishes its events; empty: no header."
     )
+    ses_eventing_enabled: Boolean = _row(
+        Group.SES,
+        False,
+        "Run the engagement worker: it reads what SES tells of mails (delivered, opened, bounced …) from a queue.",
+    )
+    ses_engagement_sqs_queue_url: Annotated[str, BeforeValidator(_queue_url)] = _row(
+        Group.SES,
+        "",
+        "URL of that SQS queue; required when `SES_EVENTING_ENABLED` is true. Credentials are found as by every program"
+        " that uses boto3.",
+    )
+    aws_region: str = _row(
+        Group.SES,
+        "",
+        "Region of a queue whose URL does not name it; empty: boto3's own (`AWS_DEFAULT_REGION`, its files).",
+        pattern=r"^[a-z0-9-]*$",
+    )
+    engagement_pollers: int = _row(
+        Group.SES,
+        2,
+        "How many batches of up to 10 events are received and handled at the same time.",
+        "one waits for the queue while the other's batch is being stored",
+        ge=1,
+        le=64,
+    )
+    engagement_early_seconds: float = _row(
+        Group.SES,
+        60,
+        "How old a mail must be before an event for which there is no record is no longer taken for merely early.",
+        "a mail's first event may be faster than its record; minutes without a record mean that there is none",
+        ge=0,
+        le=43_200,
+    )
+    engagement_receive_failures: int = _row(
+        Group.SES,
+        3,
+        "The engagement worker exits 1, and is started again, after so many failed receives one after the other;"
+        " 0: it goes on trying.",
+        "as lfx",
+        ge=0,
+    )
 
     # -- logs
     log_level: Literal["debug", "info", "warn", "error"] = _row(Group.LOGS, "info", "Least level that is logged.")
@@ -361,6 +410,12 @@ class Settings(BaseSettings):
     def _one_password(self) -> Settings:
         if self.smtp_password_file and self.smtp_password.get_secret_value():
             raise ValueError("both SMTP_PASSWORD and SMTP_PASSWORD_FILE are set; unset one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _eventing_has_a_queue(self) -> Settings:
+        if self.ses_eventing_enabled and not self.ses_engagement_sqs_queue_url:
+            raise ValueError("SES_EVENTING_ENABLED is true and SES_ENGAGEMENT_SQS_QUEUE_URL is not set; set it")
         return self
 
     @property
@@ -445,7 +500,8 @@ def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
     """Variables that look like ours and are not: a typing error, or an orchestrator's injection. For a warning."""
     names = os.environ if environ is None else environ
     known = {name.upper() for name in Settings.model_fields}
-    return sorted(name for name in names if name.startswith(("RELAY_", "SMTP_", "SES_")) and name not in known)
+    ours = ("RELAY_", "SMTP_", "SES_", "ENGAGEMENT_")
+    return sorted(name for name in names if name.startswith(ours) and name not in known)
 
 
 def rows() -> list[tuple[str, FieldInfo, Group, str]]:

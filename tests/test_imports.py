@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,8 @@ ONLY_IN = {
     "gevent": (
         "relay/bus/",
         "relay/delivery/",
+        "relay/engagement.py",
+        "relay/ops/polling.py",
         "relay/ops/process.py",
         "relay/ops/health.py",
         "relay/ops/logs.py",
@@ -41,8 +45,13 @@ PURE = (
     "relay/bus/messages.py",
     "relay/submission/",
     "relay/tracking/record.py",
+    "relay/tracking/events.py",
+    "relay/tracking/facts.py",
+    "relay/tracking/folding.py",
     "relay/tracking/groups.py",
     "relay/tracking/cursors.py",
+    "relay/tracking/erasure.py",
+    "relay/tracking/comparison.py",
     "relay/delivery/reply.py",
     "relay/delivery/outcome.py",
     "relay/delivery/trouble.py",
@@ -135,3 +144,23 @@ def test_imports_run_downhill(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("[a-z]*.py")), ids=_name)
 def test_a_worker_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 80
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workers").glob("[a-z]*.py")), ids=_name)
+def test_a_worker_is_patched_before_anything_else_is_imported(path: Path) -> None:
+    """boto3's TLS ends in a RecursionError when it is imported first."""
+    if "relay.ops.process" not in {module for module, _ in _imports(path)}:
+        return  # it uses no gevent
+    docstring, *first = ast.parse(path.read_text()).body[:3]
+    assert isinstance(docstring, ast.Expr)
+    assert [ast.unparse(each) for each in first] == ["from gevent import monkey", "monkey.patch_all()"]
+
+
+@pytest.mark.parametrize(
+    ("module", "has_boto3"),
+    [("workers.send", False), ("workers.status", False), ("relay.cli.main", False), ("workers.engagement", True)],
+)
+def test_only_who_reads_a_queue_pays_for_boto3(module: str, has_boto3: bool) -> None:
+    program = f"import sys, {module}; print('boto3' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == f"{has_boto3}\n"

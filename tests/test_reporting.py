@@ -18,9 +18,10 @@ from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.reporting import Reporting, status_gate
+from relay.tracking.facts import Fact
 from relay.tracking.groups import group_token
 from relay.tracking.legacy import REMEMBERED_ARRAYS
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.log import fact_publication
 from relay.tracking.pages import PIECE_MAILS
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.conftest import require

@@ -101,6 +101,11 @@ BAD = {
     "DEFAULT_SMTP_FROM": "nobody",
     "SMTP_CA_FILE": "/no/such/file.pem",
     "RELAY_REPLY_PREFIXES": "_INBOX,$KV",
+    "SES_ENGAGEMENT_SQS_QUEUE_URL": "events",
+    "AWS_REGION": "us east",
+    "ENGAGEMENT_POLLERS": "0",
+    "ENGAGEMENT_EARLY_SECONDS": "-1",
+    "ENGAGEMENT_RECEIVE_FAILURES": "-1",
 }
 
 
@@ -182,6 +187,21 @@ def test_two_passwords_are_one_too_many(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "hunter" not in str(error.value)
 
 
+def test_events_need_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="SES_ENGAGEMENT_SQS_QUEUE_URL is not set; set it"):
+        loaded(monkeypatch, SES_EVENTING_ENABLED="true")
+    url = "https://sqs.us-east-1.amazonaws.com/123456789012/events"
+    assert loaded(monkeypatch, SES_EVENTING_ENABLED="true", SES_ENGAGEMENT_SQS_QUEUE_URL=url).ses_eventing_enabled
+
+
+@pytest.mark.parametrize("url", ["events", "https://", "https://sqs.us-east-1.amazonaws.com/", "sqs://host/queue"])
+def test_what_is_no_queue(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(
+        ConfigError, match="1 setting is wrong\n  SES_ENGAGEMENT_SQS_QUEUE_URL: must be the queue's URL"
+    ):
+        loaded(monkeypatch, SES_ENGAGEMENT_SQS_QUEUE_URL=url)
+
+
 def test_a_reply_prefix_may_end_in_a_dot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(monkeypatch, RELAY_REPLY_PREFIXES="_INBOX., my.inbox").relay_reply_prefixes == ("_INBOX", "my.inbox")
 
@@ -204,9 +224,10 @@ def test_unknown_names_are_found() -> None:
         "RELAY_PORT": "tcp://x",
         "SMTP_PORT": "25",
         "HOME": "/root",
-        "SES_EVENTING_ENABLED": "1",
+        "SES_EVENTING_ENABELD": "1",
+        "AWS_PROFILE": "x",
     }
-    assert unknown_names(environ) == ["RELAY_PORT", "SES_EVENTING_ENABLED", "SMTP_PROT"]
+    assert unknown_names(environ) == ["RELAY_PORT", "SES_EVENTING_ENABELD", "SMTP_PROT"]
 
 
 def test_defaults_stand_in_for_what_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -321,6 +321,11 @@ class JetStream:
         """What an old nats-server lacks for this, in one sentence; '' for one that is new enough, or not known yet."""
         return old_server_problem(self._bus.server_version)
 
+    @property
+    def max_payload_bytes(self) -> int:
+        """What a message to this server may hold, header fields included."""
+        return self._bus.max_payload_bytes
+
     def _seconds(self, timeout_seconds: float | None) -> float:
         return self._timeout_seconds if timeout_seconds is None else timeout_seconds
 

@@ -19,10 +19,18 @@ from relay.bus.service import ReplyRule, Service
 
 NAME: Final = "email-service"
 VERBS: Final = ("PING", "INFO", "STATS")
+NO_ENDPOINT: Final[dict[str, Any]] = {
+    "name": "none",
+    "subject": "",
+    "queue_group": "",
+    **dict.fromkeys(("num_requests", "num_errors", "processing_time", "average_processing_time"), 0),
+    "last_error": "",
+}
+"""The stats of a worker that serves no subject: its figures have to stand somewhere."""
 
 
 class MicroService:
-    """Answers for the subjects that a worker serves. ``figures()`` gives the worker's own numbers."""
+    """Answers for the subjects that a worker serves, if any. ``figures()`` gives the worker's own numbers."""
 
     def __init__(
         self,
@@ -73,7 +81,7 @@ class MicroService:
         }
 
     def _stats(self) -> dict[str, Any]:
-        endpoints = [_endpoint(each) | each.stats() for each in self._endpoints]
+        endpoints = [_endpoint(each) | each.stats() for each in self._endpoints] or [dict(NO_ENDPOINT)]
         endpoints[0]["data"] = self._figures()
         return {"type": "io.nats.micro.v1.stats_response", "started": self._started, "endpoints": endpoints}
 

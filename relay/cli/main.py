@@ -13,6 +13,7 @@ import click
 from relay import __version__
 from relay.cli.lifecycle import start, stop
 from relay.cli.mails import analytics, inbox, send, track
+from relay.cli.parked import parked
 from relay.cli.records import events, export
 from relay.cli.setup import check, completion, settings
 from relay.cli.terminal import fail
@@ -36,6 +37,7 @@ COMMANDS = (
     buckets,
     repair,
     erase,
+    parked,
     settings,
     completion,
 )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import click
 import orjson
@@ -18,9 +17,10 @@ import orjson
 from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
-from relay.cli.output import OutputFile
+from relay.cli.part_file import Mark, PartFile
 from relay.cli.progress import progress_bar
 from relay.cli.request import tracking_storage
+from relay.cli.stopping import command_line, stoppable
 from relay.cli.terminal import Interrupted, current_settings, fail, interruptible, nats_url, plain, say
 from relay.errors import EXIT_FAILED, BusRefused, BusUnavailable, RelayError, SubmissionRejected
 from relay.tracking.cursors import Place, decode_cursor, encode_cursor
@@ -144,12 +144,19 @@ class _Link:
 
 
 def _show_text(fact: LoggedFact) -> None:
-    at = parse_time(fact.at)
-    when = f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if at else plain(fact.at)[:19]
     group_id = fact.group_id
     group = "(no group)" if group_id == "" else fact.token if group_id is None else group_id
-    line = f"{when:<19} {fact.fact:<12} {fact.email_id[:64]:<36} {group}"
+    line = f"{_utc(fact.at):<19} {fact.fact:<12} {fact.email_id[:64]:<36} {group}"
     sys.stdout.write(f"{plain(line.replace(chr(10), ' ').replace(chr(9), ' '))}\n")
+
+
+def _utc(text: str) -> str:
+    """A time as it is shown; what is none, as it was written."""
+    at = parse_time(text)
+    try:
+        return at.astimezone(UTC).isoformat(" ", "seconds")[:19] if at else plain(text)[:19]
+    except OverflowError:  # in UTC it is before the year 1 or after 9999
+        return plain(text)[:19]
 
 
 def _show_json(fact: LoggedFact) -> None:
@@ -171,89 +178,129 @@ def export(group_id: str, format_name: str, output: str | None, cursor: str) -> 
     """Writes the records of every mail of a GROUP, however large, to standard output or a file.
 
     With --output everything goes to FILE.part first, readable by you alone; it becomes FILE at the end. Exits 1 when
-    there is no such group, or when it had to stop: it then says the cursor to go on from.
+    there is no such group, or when it had to stop (Ctrl-C and SIGTERM stop it): it then says the command that goes on.
+    That may be repeated, also when it was killed itself.
 
     Example: relayctl export spring-newsletter --format csv --output spring.csv
     """
-    with interruptible(), tracking_storage(nats_url(current_settings())) as jetstream:
+    with stoppable(), tracking_storage(nats_url(current_settings())) as jetstream:
         reader = GroupReader(jetstream)
         glance = look(reader, group_id)
-        try:
-            place = decode_cursor(group_id, cursor, glance.log_made_at) if cursor else Place()
-        except SubmissionRejected as error:
-            fail(RelayError(f"--cursor: {error.error}"))
-        format_ = FORMATS[format_name]
-        found = rows(reader, group_id, format_, place)
+        place, mark = _where_it_stopped(cursor, group_id, glance.log_made_at, must_have_mark=output is not None)
+        found = rows(reader, group_id, FORMATS[format_name], place)
         first = next(found, None)
         if first is None:
             fail(RelayError(f"group {plain(group_id)}: {contract.NOT_FOUND}"))
-        total = None if cursor else glance.mails
-        again = ["relayctl", "export", group_id, "--format", format_name]
-        with progress_bar("exporting", total) as advance:
+        words = ["relayctl", "export", "--format", format_name, *(["--output", output] if output is not None else [])]
+        run = _Run(group_id, glance.log_made_at, place or Place(), words)
+        header = FORMATS[format_name].header if place is None else b""
+        with progress_bar("exporting", glance.mails if place is None else None) as advance:
             if output is None:
-                run = _Run(group_id, place, glance.log_made_at, again)
-                run.copy(first, found, _to_stdout, lambda: None, b"" if cursor else format_.header, advance)
-                where = ""
+                run.copy(first, found, _StandardOutput(), header, advance)
             else:
-                run = _Run(group_id, place, glance.log_made_at, [*again, "--output", output])
-                with OutputFile(output, go_on=bool(cursor)) as file:
-                    run.copy(first, found, file.write, file.keep, b"" if cursor else format_.header, advance)
-                    file.complete()
-                where = f" to {output}"
+                with PartFile(output, mark) as file:
+                    run.copy(first, found, file, header, advance)
+    where = f" to {output}" if output is not None else ""
     lacking = f"; {run.without_record:,} have no record (any more)" if run.without_record else ""
     say(f"{run.written:,} records written{where}{lacking}")
+
+
+def _where_it_stopped(
+    cursor: str, group_id: str, log_made_at: str, *, must_have_mark: bool
+) -> tuple[Place | None, Mark | None]:
+    """The place in the group, and how far the file's part was good by then; Nones to begin with."""
+    if not cursor:
+        return None, None
+    place_text, _, mark_text = cursor.partition(".")
+    mark = Mark.parse(mark_text)
+    try:
+        place = decode_cursor(group_id, place_text, log_made_at)
+        if mark_text and mark is None:
+            raise SubmissionRejected(contract.INVALID_CURSOR, "cursor")
+    except SubmissionRejected as error:
+        fail(RelayError(f"--cursor: {error.error}; it is good for one group, as long as its log is the same one"))
+    if must_have_mark and mark is None:
+        fail(RelayError("--cursor: this one is of an export to standard output; leave out --output as well"))
+    return place, mark
+
+
+class _Sink(Protocol):
+    """Where an export goes."""
+
+    @property
+    def mark(self) -> object:
+        """How far it is good, for who goes on with it; '' when it cannot say."""
+
+    def write(self, octets: bytes) -> None:
+        """Raises ``OSError``."""
+
+    def keep(self) -> None:
+        """What has been written so far is good."""
+
+    def complete(self) -> None:
+        """Everything has been written. Raises ``OSError``: nothing more than before is good."""
+
+
+class _StandardOutput:
+    mark = ""
+
+    def write(self, octets: bytes) -> None:
+        sys.stdout.buffer.write(octets)
+        sys.stdout.buffer.flush()
+
+    def keep(self) -> None:
+        pass
+
+    def complete(self) -> None:
+        pass
 
 
 class _Run:
     """One export: how far it came, and what to do when it stops."""
 
-    def __init__(self, group_id: str, place: Place, log_made_at: str, again: list[str]) -> None:
+    def __init__(self, group_id: str, log_made_at: str, place: Place, words: list[str]) -> None:
         self._group_id = group_id
         self._log_made_at = log_made_at
         self._place = place
-        self._again = again
+        self._words = words
+        """The command without cursor and group."""
         self.written = 0
         self.without_record = 0
 
     def copy(
-        self,
-        first: Rows,
-        rest: Iterator[Rows],
-        write: Callable[[bytes], None],
-        keep: Callable[[], None],
-        header: bytes,
-        advance: Callable[[int], None],
+        self, first: Rows, rest: Iterator[Rows], sink: _Sink, header: bytes, advance: Callable[[int], None]
     ) -> None:
-        """Copies all; exits 1 with the cursor when it has to stop."""
-        current: Rows | None = first
+        """Copies all; exits 1 with the command that goes on when it has to stop."""
+        current = first
         try:
-            write(header)
-            keep()
-            while current is not None:
-                write(current.lines)
-                keep()
+            sink.write(header)
+            sink.keep()
+            while True:
+                sink.write(current.lines)
                 self.written += current.written
                 self.without_record += current.covered - current.written
-                self._place = current.next_place or self._place
                 advance(current.covered)
-                current = next(rest, None)
+                if current.next_place is None:
+                    break
+                sink.keep()
+                self._place = current.next_place
+                current = next(rest)
+            sink.complete()
         except (BusUnavailable, BusRefused, Interrupted) as error:
-            self._stop("interrupted" if isinstance(error, Interrupted) else str(error))
+            self._stop(sink, "interrupted" if isinstance(error, Interrupted) else str(error))
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # or Python complains again when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self._stop(str(error.strerror or error).lower())
+            self._stop(sink, str(error.strerror or error).lower())
 
-    def _stop(self, why: str) -> NoReturn:
+    def _stop(self, sink: _Sink, why: str) -> NoReturn:
         say(f"stopped after {self.written:,} records: {plain(why)}; what is there is not complete")
-        again = " ".join(map(shlex.quote, self._again))
         if self._place == Place():
-            say(f"again: {again}")
+            say(f"again: {command_line(*self._words, operand=self._group_id)}")
         else:
-            say(f"to go on: {again} --cursor {encode_cursor(self._group_id, self._place, self._log_made_at)}")
+            cursor = ".".join(filter(None, (self._cursor(), str(sink.mark))))
+            say(f"to go on: {command_line(*self._words, '--cursor', cursor, operand=self._group_id)}")
         sys.exit(EXIT_FAILED)
 
-
-def _to_stdout(octets: bytes) -> None:
-    sys.stdout.buffer.write(octets)
-    sys.stdout.buffer.flush()
+    def _cursor(self) -> str:
+        return encode_cursor(self._group_id, self._place, self._log_made_at)

@@ -21,6 +21,8 @@ from relay.ops.supervision import ProgramStatus, Supervision, is_worker
 
 GOOD, BAD, WAITING = "green", "red", "yellow"
 SILENT = "runs, but does not answer: it hangs, or is starved of CPU; its log may tell"
+ENGAGEMENT = "engagement"
+"""The program that handles events."""
 COUNTED = (*OUTCOMES, "overloaded", "dropped")
 
 
@@ -55,6 +57,20 @@ class Snapshot(NamedTuple):
         told = [figures["tracking"]["off_reason"] for figures in self.fleet.here.values() if "tracking" in figures]
         told += [each.report.notes.get("tracking", "") for each in self.statuses if each.report]
         return next((why for why in told if why), "") if told else None
+
+    @property
+    def events(self) -> dict[str, Any] | None:
+        """The figures of the engagement worker, None when it does not answer, or there is none."""
+        return self.fleet.here.get(ENGAGEMENT)
+
+    @property
+    def events_problem(self) -> str | None:
+        """Why events are not handled, '' when they are, None when nobody can tell, or none are to be."""
+        told = [each.report.lacking for each in self.statuses if each.name == ENGAGEMENT and each.report]
+        lacking = [why for each in told for what, why in each.items() if what in {"sqs", "storage", "program"}]
+        if lacking:
+            return "; ".join(lacking)
+        return None if self.events is None else str(self.events["queue"]["problem"])
 
     def is_silent(self, status: ProgramStatus) -> bool:
         """Whether a worker that calls itself ready does not answer, although NATS does."""
@@ -101,6 +117,7 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
             "ok": _is_fine(snapshot.smtp_problem),
             "problem": snapshot.smtp_problem or "",
         },
+        "events": {"on": _is_fine(snapshot.events_problem), "problem": snapshot.events_problem or ""},
         "programs": [_program(status, snapshot) for status in snapshot.statuses],
         "totals": totals,
         "workers_elsewhere": snapshot.fleet.elsewhere,
@@ -147,6 +164,8 @@ def render(snapshot: Snapshot) -> RenderableType:
     smarthost = _smarthost(snapshot)
     problem = snapshot.smtp_problem
     parts.append(_line("SMTP", f"{smarthost}: {problem}" if problem else problem, smarthost))
+    if any(status.name == ENGAGEMENT for status in snapshot.statuses):
+        parts.append(_line("Events", snapshot.events_problem, _events(snapshot.events or {})))
     parts.append(_line("Health", "", f"port {snapshot.started.get('port')}; state in {snapshot.state_dir}"))
     parts += [Text(note, style=WAITING) for note in _constraints(fleet.here)]
     if fleet.elsewhere:
@@ -163,6 +182,17 @@ def _line(what: str, problem: str | None, otherwise: str) -> Text:
     if problem is None:
         return Text.assemble((f"{what:<9}", "bold"), ("unknown: no worker answers", WAITING))
     return Text.assemble((f"{what:<9}", "bold"), (f"failed: {plain(problem)}", BAD) if problem else otherwise)
+
+
+def _events(figures: dict[str, Any]) -> str:
+    """What became of the notifications, and what the queue holds."""
+    counts = figures.get("events", {})
+    told = [f"{counts.get(name, 0)} {name}" for name in ("folded", "repeated", "parked")]
+    told += [f"{counts[name]} {name}" for name in ("early", "rebuilt", "unknown") if counts.get(name)]
+    queue = figures.get("queue", {})
+    if queue.get("waiting") is not None:
+        told.append(f"{queue['waiting']} waiting in the queue")
+    return ", ".join(told)
 
 
 def _constraints(here: dict[str, dict[str, Any]]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -11,29 +14,36 @@ from rich.table import Table
 from rich.text import Text
 
 from relay import contract
-from relay.bus.jetstream import JetStream
+from relay.bus.jetstream import JetStream, Stored
 from relay.bus.kv import Bucket
 from relay.cli.progress import progress_bar
 from relay.cli.request import tracking_storage
+from relay.cli.stopping import command_line, stoppable
 from relay.cli.terminal import (
+    Interrupted,
     console,
     current_settings,
     fail,
-    interruptible,
     json_option,
     nats_url,
     plain,
     print_json,
+    say,
 )
-from relay.errors import EXIT_FAILED, BusRefused, RelayError
+from relay.errors import EXIT_FAILED, BusRefused, BusUnavailable, RelayError, RevisionConflict
 from relay.ops.parts import storage_config
 from relay.tracking.erasure import ERASED_AT, erasable, erased
+from relay.tracking.facts import Fact
 from relay.tracking.inspection import Condition, Remark, Store, duration, inspect
-from relay.tracking.log import Fact
 from relay.tracking.record import is_email_id, parse_record, rfc3339
 from relay.tracking.repair import EXAMPLES, MIN_AGE_SECONDS, Repair, Report
+from relay.tracking.storage import patiently
 
 ERASE_SECONDS = 10.0
+ERASE_TRIES = 20
+"""Against who changes the record at the same moment."""
+ROLL_UP = {"Nats-Rollup": "sub"}
+"""The message takes the place of all before it on its subject (ADR-8: how a KV purge does it)."""
 
 
 # -- buckets ----------------------------------------------------------------------------------------------------------
@@ -151,9 +161,12 @@ def _show_remark(remark: Remark) -> None:
 def repair(group_id: str | None, scan: bool, dry_run: bool, yes: bool, min_age: float, as_json_: bool) -> None:
     """Makes the log of a GROUP agree with its records: appends the facts it lacks, deletes those too many.
 
-    Shows both by kind first, and asks. Reads every record of the bucket once, as only they say which group they
-    belong to. May run while mails are sent and events come; to run it again changes nothing. Exits 1 when there is
-    no such group, and when it was told not to go on.
+    Shows both by kind first, and asks. Reads the group's facts (--scan: the whole log) and every record of the bucket
+    once, as only they say which group they belong to: some 10 s per 100,000 mails, longer where much is wrong. Takes
+    some 200 MB of memory at most; what does not fit waits on disk, in a file without a name (TMPDIR). GROUP may be the
+    id of a mail that was sent without a group. May run while mails are sent and events come; to run it again changes
+    nothing. Ctrl-C and SIGTERM stop it; what was done by then is shown. Exits 1 when there is no such group, when it
+    had to stop or was told not to go on, and when something could not be deleted.
 
     Example: relayctl repair spring-newsletter --dry-run
     """
@@ -161,44 +174,78 @@ def repair(group_id: str | None, scan: bool, dry_run: bool, yes: bool, min_age: 
         raise click.UsageError("give either a GROUP or --scan")
     if as_json_ and not dry_run and not yes:
         raise click.UsageError("--json asks nothing; say --dry-run or --yes as well")
-    with interruptible():
+    with stoppable():
         if dry_run or not yes:
-            report = _walk(group_id, min_age, is_changing=False)
-            _show_report(report, group_id, as_json_, is_changed=False)
+            report = _walk(group_id, min_age, as_json_, is_changing=False)
             if dry_run or report.is_well:
                 return
             click.confirm("Change it?", abort=True, err=True)
-        _show_report(_walk(group_id, min_age, is_changing=True), group_id, as_json_, is_changed=True)
+        _walk(group_id, min_age, as_json_, is_changing=True)
 
 
-def _walk(group_id: str | None, min_age_seconds: float, *, is_changing: bool) -> Report:
-    """Over a connection of its own: nobody keeps one alive while the operator thinks."""
+def _walk(group_id: str | None, min_age_seconds: float, as_json_: bool, *, is_changing: bool) -> Report:
+    """Looks or mends, and shows what came of it; exits 1 when that is not all.
+
+    Over a connection of its own: nobody keeps one alive while the operator thinks.
+    """
     with tracking_storage(nats_url(current_settings())) as jetstream:
         work = Repair(jetstream, group_id, min_age_seconds=min_age_seconds)
         with progress_bar("repairing" if is_changing else "looking", work.total) as advance:
-            report = work.mend(advance) if is_changing else work.look(advance)
-    if group_id is not None and not report.is_known:
+            stopped = _run_to_its_end(partial(work.mend if is_changing else work.look, advance))
+    report = work.report
+    if group_id is not None and not report.is_known and not stopped:
         fail(RelayError(f"group {plain(group_id)}: {contract.NOT_FOUND}"))
+    if as_json_:
+        print_json(_report_json(work, group_id, stopped, is_changed=is_changing))
+    else:
+        _show_report(work, group_id, is_changed=is_changing)
+    if stopped:
+        done = "what was done by then stands above" if is_changing else "what was found by then stands above"
+        fail(RelayError(f"stopped: {plain(stopped)}; {done}; run it again"))
+    if report.undeleted:
+        sys.exit(EXIT_FAILED)
     return report
 
 
-def _show_report(report: Report, group_id: str | None, as_json_: bool, *, is_changed: bool) -> None:
-    if as_json_:
-        print_json(
-            {
-                "group_id": group_id,
-                "changed": is_changed,
-                "records": report.records,
-                "facts": report.facts,
-                "missing": dict(report.missing),
-                "surplus": dict(report.surplus),
-                "left_alone": report.left_alone,
-                "repeated": report.repeated,
-                "facts_without_record": report.ownerless,
-            }
-        )
-        return
+def _run_to_its_end(walk: Callable[[], Report]) -> str:
+    """Why it stopped before, else ''."""
+    try:
+        walk()
+    except Interrupted:
+        return "interrupted"
+    except (BusUnavailable, BusRefused) as error:
+        return str(error)
+    except OSError as error:
+        return f"{tempfile.gettempdir()}: {str(error.strerror or error).lower()}; set TMPDIR to where there is room"
+    return ""
+
+
+def _report_json(work: Repair, group_id: str | None, stopped: str, *, is_changed: bool) -> dict[str, Any]:
+    report = work.report
+    return {
+        "group_id": group_id,
+        "changed": is_changed,
+        "stopped": stopped,
+        "mail_without_group": work.has_mail_without_group,
+        "records": report.records,
+        "facts": report.facts,
+        "missing": dict(report.missing),
+        "surplus": dict(report.surplus),
+        "undeleted": dict(report.undeleted),
+        "why_undeleted": report.why_undeleted,
+        "left_alone": report.left_alone,
+        "repeated": report.repeated,
+        "facts_without_record": report.ownerless,
+    }
+
+
+def _show_report(work: Repair, group_id: str | None, *, is_changed: bool) -> None:
+    report = work.report
     click.echo(f"{report.records:,} records, {report.facts:,} facts")
+    if work.is_alone:
+        click.echo(f"{plain(group_id)} is a mail that was sent without a group; no other mail was looked at")
+    elif work.has_mail_without_group:
+        click.echo(f"{plain(group_id)} is a group, and a mail that was sent without one: both were looked at")
     if report.is_well:
         click.echo("nothing is missing and nothing is surplus")
     else:
@@ -208,6 +255,9 @@ def _show_report(report: Report, group_id: str | None, as_json_: bool, *, is_cha
                 click.echo(f"  {plain(example)}")
             if sum(report.missing.values()) + sum(report.surplus.values()) > EXAMPLES:
                 click.echo("  …")
+    if report.undeleted:
+        kinds = ", ".join(f"{count:,} {plain(fact)}" for fact, count in report.undeleted.items())
+        say(f"could not be deleted, and are still counted: {kinds} ({plain(report.why_undeleted)})")
     if report.left_alone:
         click.echo(f"left alone, as written just now: {report.left_alone:,} mails; look again later")
     if report.repeated:
@@ -236,8 +286,10 @@ def erase(email_id: str, yes: bool, as_json_: bool) -> None:
     """Takes personal data out of the record of the mail EMAIL_ID: recipient, subject, user agents, addresses.
 
     Ids, times and counts stay, so the figures of its group do too; events that come later are counted. The record
-    says when it was erased (erased_at). Cannot be undone. The log holds ids and times only; NATS frees the old bytes
-    on its disks when it compacts them, and backups keep what they have. Exits 1 when there is no such mail.
+    says when it was erased (erased_at). Cannot be undone. Old values that a bucket with a history keeps of the record
+    go with it. The log holds ids and times only; NATS frees the old bytes on its disks when it compacts them, and
+    backups keep what they have. While a poller of lfx's still runs, it may write data back: erase again when it is
+    gone. Exits 1 when there is no such mail, or when old values are still there.
 
     Example: relayctl erase 550e8400-e29b-41d4-a716-446655440000 --yes
     """
@@ -245,7 +297,7 @@ def erase(email_id: str, yes: bool, as_json_: bool) -> None:
         raise click.UsageError("--json asks nothing; say --yes as well")
     if not is_email_id(email_id):
         fail(RelayError(f"mail {plain(email_id)}: {contract.NOT_FOUND}"))
-    with interruptible():
+    with stoppable():
         fields = _fields_to_erase(email_id)
         if not yes and fields:
             click.confirm(f"Erase {plain(', '.join(fields))} of mail {email_id}?", abort=True, err=True)
@@ -268,30 +320,57 @@ def _fields_to_erase(email_id: str) -> list[str]:
 
 
 def _delete_command(email_id: str) -> str:
-    return f"nats kv del {contract.RECIPIENTS_BUCKET} {email_id}"
+    return command_line("nats", "kv", "del", contract.RECIPIENTS_BUCKET, operand=email_id)
 
 
 def _erase(email_id: str) -> str:
     """Erases by compare-and-set, and what a bucket with a history remembers; when it was erased."""
-    at = rfc3339(time.time())
-
-    def change(value: bytes | None) -> bytes | None:
-        return erased(value, at) if value is not None else None
-
     with tracking_storage(nats_url(current_settings())) as jetstream:
         bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
-        entry = bucket.update(email_id, change, deadline=time.monotonic() + ERASE_SECONDS)
-        if jetstream.stream_info(bucket.stream).config.get("max_msgs_per_subject") != 1:
+        config = jetstream.stream_info(bucket.stream).config
+        has_history = config.get("max_msgs_per_subject") != 1
+        rolls_up = has_history and bool(config.get("allow_rollup_hdrs"))
+        write = partial(_write_erased, jetstream, bucket, email_id, rfc3339(time.time()), rolls_up)
+        value = patiently(write, ERASE_SECONDS)
+        if has_history and not rolls_up:
             _forget_old_values(jetstream, bucket, email_id)
-    record = parse_record(entry.value) if entry is not None else None
+    record = parse_record(value) if value is not None else None
     if record is None:
         fail(RelayError(f"mail {email_id}: its record was taken away meanwhile"))
     return str(record.get(ERASED_AT, ""))
 
 
+def _write_erased(jetstream: JetStream, bucket: Bucket, email_id: str, at: str, rolls_up: bool) -> bytes | None:
+    """Stores the erased record if nobody changed it meanwhile, else tries again; its value, None: there is none.
+
+    ``rolls_up``: the same write takes the old values away, also when there was nothing left to erase.
+    """
+    conflict = RevisionConflict("the record is being changed all the time; try again")
+    for _ in range(ERASE_TRIES):
+        entry = bucket.get_from_leader(email_id)
+        value = erased(entry.value, at) if entry is not None else None
+        if entry is None or value is None or (value == entry.value and not rolls_up):
+            return value
+        publication = bucket.replacement(email_id, value, entry.revision)
+        if rolls_up:
+            publication = publication._replace(headers={**(publication.headers or {}), **ROLL_UP})
+        (answer,) = jetstream.store([publication])
+        if isinstance(answer, Stored):
+            return value
+        if not isinstance(answer, RevisionConflict):
+            raise answer
+    raise conflict
+
+
 def _forget_old_values(jetstream: JetStream, bucket: Bucket, email_id: str) -> None:
+    """Where a write cannot roll up (``allow_rollup_hdrs`` is off)."""
     nats_subject = f"$KV.{contract.RECIPIENTS_BUCKET}.{email_id}"
     try:
         jetstream.api(f"STREAM.PURGE.{bucket.stream}", {"filter": nats_subject, "keep": 1})
     except BusRefused as error:
-        fail(RelayError(f"mail {email_id}: erased, but the bucket keeps the record's old values: {error}"))
+        fail(
+            RelayError(
+                f"mail {email_id}: erased, but the bucket keeps the record's old values: {error}; this drops those of"
+                f" all records: nats stream edit {bucket.stream} --max-msgs-per-subject=1 --force"
+            )
+        )

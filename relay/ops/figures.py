@@ -8,16 +8,21 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from relay import __version__
 from relay.bus.micro import MicroService
 from relay.bus.service import Gate, Service
 from relay.delivery.smarthost import Smarthost
+from relay.engagement import Engagement
 from relay.ops.process import Context
 from relay.sending import Sending
 from relay.tracking.tracker import Tracker
 
+if TYPE_CHECKING:  # it brings boto3, which the other workers do without
+    from relay.ops.polling import Polling
+
+POLLED = ("received", "deleted", "undeleted", "left", "extended", "broken", "receive_failures")
 OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")
 
 
@@ -66,6 +71,24 @@ def send_figures(
             "tracked": tracker.tracked,
             "lost": tracker.lost,
             "unsettled": tracker.unsettled,
+        },
+    }
+
+
+def engagement_figures(engagement: Engagement, polling: Polling, pollers: int) -> dict[str, Any]:
+    """An engagement worker's own: what it holds, what became of events, its pollers, the queue as last seen."""
+    backlog = polling.backlog
+    return {
+        "in_flight": polling.in_hand,
+        **{name: polling.counts[name] for name in POLLED},
+        "events": dict(sorted(engagement.counts.items())),
+        "last_error": polling.last_error,
+        "pollers": {"idle": polling.idle, "max": pollers},
+        "queue": {
+            "problem": polling.problem,
+            "waiting": None if backlog is None else backlog.waiting,
+            "in_flight": None if backlog is None else backlog.in_flight,
+            "delayed": None if backlog is None else backlog.delayed,
         },
     }
 

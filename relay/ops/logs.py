@@ -18,7 +18,16 @@ from relay.settings import Settings
 
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 LEVEL_WORDS = {number: word for word, number in LEVELS.items()}
-EXTRA_FIELDS = ("email_id", "group_id", "outcome", "reply_code", "compose_ms", "smtp_ms", "tracking_ms")
+EXTRA_FIELDS = (
+    "email_id",
+    "group_id",
+    "sqs_message_id",
+    "outcome",
+    "reply_code",
+    "compose_ms",
+    "smtp_ms",
+    "tracking_ms",
+)
 
 
 def start_logging(settings: Settings, program: str) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import platform
+from typing import TYPE_CHECKING
 
 from relay import contract
 from relay.bus.service import Gate, Handler, Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
+from relay.engagement import EngagementConfig
 from relay.ops.process import Context
 from relay.settings import Settings
 from relay.submission.policy import Policy
 from relay.tracking.storage import StorageConfig
+
+if TYPE_CHECKING:
+    from relay.aws.sqs import QueueConfig
 
 
 def policy(settings: Settings) -> Policy:
@@ -61,6 +66,19 @@ def smarthost_config(settings: Settings) -> SmarthostConfig:
 def storage_config(settings: Settings) -> StorageConfig:
     """How bucket and log are made when they are missing."""
     return StorageConfig(settings.tracking_replicas, settings.tracking_ttl_days, settings.tracking_storage)
+
+
+def engagement_config(settings: Settings) -> EngagementConfig:
+    """How events are handled."""
+    return EngagementConfig(settings.engagement_early_seconds, storage_config(settings))
+
+
+def queue_config(settings: Settings) -> QueueConfig:
+    """The queue of events, and how it is polled."""
+    # Here, since boto3 costs 20 MB: the other workers do without.
+    from relay.aws.sqs import QueueConfig
+
+    return QueueConfig(settings.ses_engagement_sqs_queue_url, settings.aws_region, settings.engagement_pollers)
 
 
 def service(context: Context, nats_subject: str, handler: Handler, gate: Gate) -> Service:

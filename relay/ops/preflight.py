@@ -1,7 +1,8 @@
 """Preflight: can a relay with these settings run here? Each question asked for real, each answer with its remedy.
 
-Owns the list of questions. Asks NATS, JetStream and the smarthost as the workers would, and changes nothing but
-for making the bucket and the log when they are missing (as the first worker would).
+Owns the list of questions. Asks NATS, JetStream, the smarthost and the queue of events as the workers would, and
+changes nothing but for making the bucket and the log when they are missing (as the first worker would), and that one
+message of the queue may count as received once more.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from relay import contract
 from relay.bus.client import Bus, without_password
@@ -17,15 +18,22 @@ from relay.bus.jetstream import JetStream, old_server_problem
 from relay.bus.kv import Bucket
 from relay.delivery.config import SmarthostConfig
 from relay.delivery.readiness import ping
-from relay.errors import BusRefused, BusUnavailable, ConfigError, EgressUnavailable, RelayError
-from relay.ops.parts import smarthost_config, storage_config
+from relay.errors import BusRefused, BusUnavailable, ConfigError, EgressUnavailable, QueueUnavailable, RelayError
+from relay.ops.parts import queue_config, smarthost_config, storage_config
 from relay.ops.supervision import Supervision, check_port_free
 from relay.settings import Settings, unknown_names
 from relay.tracking.inspection import inspect
 from relay.tracking.log import Log
 from relay.tracking.storage import why_unusable
 
+if TYPE_CHECKING:  # it brings boto3, which only a relay with a queue of events needs
+    from relay.aws.sqs import Queue
+
 CONNECT_SECONDS = 3.0
+LEAST_VISIBILITY_SECONDS = 30
+"""More than a batch takes while NATS is slow."""
+LEAST_MAX_RECEIVES = 20
+"""More than the 10 after which Relay itself parks a message, where an operator can look at it."""
 
 
 class Finding(NamedTuple):
@@ -47,6 +55,8 @@ def findings(settings: Settings) -> Iterator[Finding]:
     yield from _this_host(settings)
     yield from _nats(settings)
     yield from _smarthost(settings)
+    if settings.ses_eventing_enabled:
+        yield from _events(settings)
 
 
 def _this_host(settings: Settings) -> Iterator[Finding]:
@@ -132,3 +142,48 @@ def _ping_problem(config: SmarthostConfig) -> str:
     except EgressUnavailable as error:
         return str(error)
     return ""
+
+
+def _events(settings: Settings) -> Iterator[Finding]:
+    if not settings.ses_configuration_set:
+        detail = "no event will come: SES_CONFIGURATION_SET is empty; set it to the one that publishes to the queue"
+        yield Finding("SES events", False, detail, is_warning=True)
+    from relay.aws.sqs import Queue
+
+    try:
+        queue = Queue(queue_config(settings))
+        yield from _queue(queue)
+        yield from _other_pollers(queue, settings)
+    except (ConfigError, QueueUnavailable) as error:
+        yield Finding("SQS", False, str(error))
+
+
+def _queue(queue: Queue) -> Iterator[Finding]:
+    look = queue.look()
+    if missing := queue.missing_permissions():
+        yield Finding("SQS", False, f"{queue.url}: the credentials may not {', '.join(missing)}; allow that")
+        return
+    yield Finding("SQS", True, f"{queue.url} can be read; nothing else may poll it, lfx's own poller least of all")
+    if look.visibility_seconds < LEAST_VISIBILITY_SECONDS:
+        detail = (
+            f"the queue's visibility timeout is {look.visibility_seconds} s: messages come again while they are being"
+            f" handled; set it to {LEAST_VISIBILITY_SECONDS} s or more (60 is good)"
+        )
+        yield Finding("SQS visibility", False, detail, is_warning=True)
+    if 0 < look.max_receives < LEAST_MAX_RECEIVES:
+        detail = (
+            f"the queue gives messages up after {look.max_receives} receives, before Relay has parked what it cannot"
+            f" handle; set maxReceiveCount of its redrive policy to {LEAST_MAX_RECEIVES} or more"
+        )
+        yield Finding("SQS redrive", False, detail, is_warning=True)
+
+
+def _other_pollers(queue: Queue, settings: Settings) -> Iterator[Finding]:
+    """Where no relay runs here, messages in flight are somebody else's."""
+    if not Supervision(settings.relay_state_dir).is_running() and (taken := queue.backlog().in_flight):
+        detail = (
+            f"{taken} messages of the queue are in somebody's hands, and no relay runs here: another relay's, or those"
+            " of lfx's own poller, which must be off (SES_EVENTING_ENABLED=false there): it would take Relay's fields"
+            " out of the records"
+        )
+        yield Finding("SQS pollers", False, detail, is_warning=True)

@@ -30,6 +30,8 @@ STOP_TAKING_SECONDS = 2.0
 BUS_CLOSE_SECONDS = 3.0
 SHUTDOWN_MARGIN_SECONDS = 10
 """What a worker needs at most beyond DRAIN_SECONDS: ending subscriptions, settling what was cut, closing NATS."""
+REST_SECONDS = 5.0
+"""supervisord starts again at once what ended after its first second: an end that may come again takes its time."""
 
 
 class Context(NamedTuple):
@@ -41,6 +43,8 @@ class Context(NamedTuple):
     presence: Presence
     stop: Event
     """Set when the process is asked to stop; every wait in ``start`` honours it."""
+    fail: Callable[[str], None]
+    """Ends the process in the usual order, with exit code 1: why it cannot go on. Another start may help."""
 
 
 class Worker(Protocol):
@@ -49,7 +53,8 @@ class Worker(Protocol):
     def start(self) -> None:
         """Serves as soon as it can. May block until then; returns early when ``stop`` is set.
 
-        Raises ``EgressUnavailable`` when the process shall end and be started again later (exit 75).
+        Raises ``EgressUnavailable`` when the process shall end and be started again later (exit 75), ``ConfigError``
+        when starting it again changes nothing (exit 78).
         """
 
     def stop_taking(self, timeout_seconds: float) -> None:
@@ -63,7 +68,7 @@ def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
     """Runs a worker until SIGTERM or SIGINT; a second one means now. Never returns.
 
     The program's name may be given as first argument (``send-2``). Exits 0 after an orderly stop, 78
-    on bad settings, 75 when the worker gave up for now.
+    on bad settings, 75 when the worker gave up for now, 1 when it could not go on.
     """
     program = sys.argv[1] if len(sys.argv) > 1 else program
     try:
@@ -78,9 +83,17 @@ def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
 
 
 def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -> int:
-    stop = Event()
-    _stop_on_signals(stop)
+    stop, asked = Event(), Event()
+    _stop_on_signals(stop, asked)
     presence = Presence(settings.relay_state_dir, program)
+    exit_codes: list[int] = []
+
+    def end(why: str, exit_code: int) -> None:
+        if not exit_codes and not stop.is_set():
+            log.error("%s", why)
+            presence.failed(why, exit_code)
+            exit_codes.append(exit_code)
+        stop.set()
 
     def on_bus_change(is_connected: bool, why: str) -> None:
         presence.lacks("nats", "" if is_connected else f"NATS at {without_password(settings.nats_url)}: {why}")
@@ -94,13 +107,13 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
 
     bus = Bus(settings.nats_url, f"relay {program}", on_bus_change, on_bus_death)
     try:
-        worker = build(Context(settings, program, bus, presence, stop))
+        worker = build(Context(settings, program, bus, presence, stop, lambda why: end(why, EXIT_FAILED)))
     except ConfigError as error:
         log.error("%s", error)
         presence.failed(str(error), EXIT_CONFIG)
         return EXIT_CONFIG
     bus.start()
-    starting = gevent.spawn(_start, worker, bus, presence, stop)
+    starting = gevent.spawn(_start, worker, bus, presence, stop, lambda why: end(why, EXIT_CONFIG))
     starting.link_exception(lambda _: stop.set())
     stop.wait()
     failure = starting.exception
@@ -108,14 +121,20 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
     _shut_down(worker, bus, presence, settings.drain_seconds)
     if isinstance(failure, EgressUnavailable) or bus_deaths:
         return EXIT_TEMPORARY
+    if exit_codes:
+        asked.wait(REST_SECONDS)
+        return exit_codes[0]
     return EXIT_OK if failure is None else EXIT_FAILED
 
 
-def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event) -> None:
+def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event, misconfigured: Callable[[str], None]) -> None:
     while not bus.wait_connected(1.0):
         if stop.is_set():
             return
-    worker.start()
+    try:
+        worker.start()
+    except ConfigError as error:
+        misconfigured(str(error))
     if not stop.is_set():
         presence.lacks("start", "")
         log.info("ready")
@@ -132,10 +151,11 @@ def _shut_down(worker: Worker, bus: Bus, presence: Presence, drain_seconds: floa
     log.info("stopped")
 
 
-def _stop_on_signals(stop: Event) -> None:
+def _stop_on_signals(stop: Event, asked: Event) -> None:
     def ask() -> None:
-        if stop.is_set():
+        if asked.is_set():
             os._exit(1)
+        asked.set()
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

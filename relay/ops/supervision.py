@@ -82,6 +82,8 @@ def programs(settings: Settings, dev: DevStack | None) -> list[Program]:
     # The first one serves the health page, and keeps the name that it has when it is the only one.
     names = ["status", *(f"status-{number}" for number in range(2, settings.relay_status_workers + 1))]
     listed.extend(Program(name, _worker("status", name), 30) for name in names)
+    if settings.ses_eventing_enabled:
+        listed.append(Program("engagement", _worker("engagement", "engagement"), 30))
     return listed
 
 
@@ -401,7 +403,7 @@ def _listed(pids: dict[str, int]) -> str:
 
 def is_worker(program: str) -> bool:
     """Whether the program is one of ours that answers over NATS."""
-    return program == "status" or program.startswith(("send-", "status-"))
+    return program in {"status", "engagement"} or program.startswith(("send-", "status-"))
 
 
 def has_failed(status: ProgramStatus) -> bool:

@@ -5,9 +5,9 @@ rest stay ids, times, numbers, and yes and no: who a mail belongs to, what becam
 Every other text goes, at any depth, whichever part of Relay may write it one day: addresses, user agents, links,
 diagnostics.
 
-**What folding an event has to respect.** An event that comes after the erasure is folded as ever, so that counts go
-on, but where the record has ``erased_at`` what is stored is ``without_personal_data`` of the result: an open's user
-agent must not come back. The facts in the log hold ids and times only.
+An event that comes after the erasure is folded as ever, so that counts go on, but where the record has ``erased_at``
+what is stored is ``without_personal_data`` of the result (``folding.stored_value``): a link must not come back. The
+facts in the log hold ids and times only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import orjson
 
+from relay.tracking.facts import Fact
 from relay.tracking.record import parse_record, parse_time
 
 ERASED_AT = "erased_at"
@@ -26,8 +27,11 @@ ALWAYS_THERE = ("to", "subject")
 """Fields of the contract that cannot be left out: they become empty."""
 
 KEPT_TEXTS = frozenset({"outcome"})
+FIRST = "first"
+"""The event ids by what they state: the names are those of facts."""
 _ID_NAME = re.compile(r"(?:\w+_)?ids?")
 _ID = re.compile(r"[A-Za-z0-9_.:/=+-]{1,128}")
+_FACTS = frozenset(fact.value for fact in Fact)
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
@@ -64,10 +68,16 @@ def _kept(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        is_kept = name in KEPT_TEXTS or (_ID_NAME.fullmatch(name) and _ID.fullmatch(value)) or parse_time(value)
+        is_kept = name in KEPT_TEXTS or (_ID_NAME.fullmatch(name) and _is_id(value)) or parse_time(value)
         return value if is_kept else None
     if isinstance(value, list):
         members = [_kept(name, each) for each in value]
         return [each for each in members if each is not None]
+    if name == FIRST:
+        return {key: each for key, each in value.items() if key in _FACTS and _is_id(each)}
     fields = {key: _kept(key, each) for key, each in value.items() if _NAME.fullmatch(key)}
     return {key: each for key, each in fields.items() if each is not None}
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, str) and _ID.fullmatch(value) is not None

@@ -4,9 +4,11 @@ Reads piece by piece and holds one piece. A mail that was logged twice comes onc
 between. Mails without a record (any more), or with a broken one, are counted and left out.
 
 **CSV** (RFC 4180, UTF-8, LF, every cell in quotes) is read by spreadsheets, and what callers wrote must not become
-a formula there: a cell that begins with ``=``, ``+``, ``-``, ``@`` (also the full-width ones), white space before
-them left aside, gets a ``'`` in front. Control characters become U+FFFD, so a record is always one line. JSON lines
-are the records as they are stored.
+a formula there (OWASP: CSV injection). A text that begins with ``=``, ``+``, ``-``, ``@`` or their like (full-width,
+small, raised; the minus sign) gets a ``'`` in front. What cannot be seen, and quotes, do not count as its beginning:
+importers drop white space, byte order marks and such. Where a spreadsheet separates cells by ``;`` (most of Europe)
+or ``|`` instead of commas, our quotes protect nothing, so behind each of these the same is done. Control characters
+become U+FFFD, so a record is always one line. JSON lines are the records as they are stored.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,6 +24,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from relay.errors import BusRefused
+from relay.tracking.groups import group_token
 from relay.tracking.pages import PIECE_MAILS, Glance, Group, GroupReader, Piece, Place
 from relay.tracking.record import parse_record
 from relay.tracking.storage import PATIENCE_SECONDS, patiently
@@ -55,7 +60,10 @@ COLUMNS = (
 """The fields of a record that have a column in CSV, in their order. Columns are added at the end, never renamed."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_FORMULA = re.compile(r"\s*[=+\-@\uff1d\uff0b\uff0d\uff20]")
+_OTHER_SEPARATORS = re.compile(r"([;|])")
+_FORMULA_SIGNS = frozenset("=+-@\N{MINUS SIGN}")
+_UNSEEN_LETTERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")
+"""Letters and a symbol by their category, and blank: fillers of Hangul, Braille without a dot."""
 
 
 class Rows(NamedTuple):
@@ -79,7 +87,8 @@ def rows(reader: GroupReader, group_id: str, format_: Format, place: Place | Non
     """The group's records from ``place`` on, piece by piece; nothing at all when there is no such group.
 
     A mail without a group is found by its own id. Waits for a NATS that is away; raises ``BusUnavailable`` when it
-    stays away, ``BusRefused``.
+    stays away, ``BusRefused``, also instead of the last piece when the log was made anew on the way: its places are
+    other ones then.
     """
     glance = look(reader, group_id)
     if not glance.is_known:
@@ -93,8 +102,15 @@ def rows(reader: GroupReader, group_id: str, format_: Format, place: Place | Non
     while next_place is not None:
         piece = _piece(group, next_place, seen)
         lines = b"".join(format_.line(mail.record) for mail in piece.mails)
+        if piece.next_place is None:
+            _check_log(reader, group_id, glance.log_made_at)
         yield Rows(lines, len(piece.mails), piece.covered, piece.next_place)
         next_place = piece.next_place
+
+
+def _check_log(reader: GroupReader, group_id: str, made_at: str) -> None:
+    if patiently(partial(reader.log.figures, group_token(group_id))).log_made_at != made_at:
+        raise BusRefused("the log was made anew meanwhile; begin anew")
 
 
 def look(reader: GroupReader, group_id: str) -> Glance:
@@ -164,9 +180,23 @@ def csv_cell(value: object) -> str:
     if isinstance(value, int | float):
         return str(value)  # a number below zero is one, and no formula
     text = value if isinstance(value, str) else orjson.dumps(value).decode()
-    is_formula = _FORMULA.match(text) is not None
-    text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-    return f"'{text}" if is_formula else text
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _without_formulas(text))
+
+
+def _without_formulas(text: str) -> str:
+    if text[:1].isascii() and text[:1].isalnum() and ";" not in text and "|" not in text:
+        return text
+    pieces = _OTHER_SEPARATORS.split(text)
+    return "".join(f"'{piece}" if _is_formula(piece) else piece for piece in pieces)
+
+
+def _is_formula(text: str) -> bool:
+    """Whether the first character that can be seen, quotes aside, begins a formula."""
+    for character in text:
+        is_seen = unicodedata.category(character)[0] not in "CMZ" and character not in _UNSEEN_LETTERS
+        if is_seen and character != '"':
+            return unicodedata.normalize("NFKC", character)[0] in _FORMULA_SIGNS
+    return False
 
 
 def _csv(cells: list[str]) -> bytes:

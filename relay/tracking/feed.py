@@ -6,8 +6,6 @@ seems to be.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +16,7 @@ from relay import contract
 from relay.bus.jetstream import NO_MESSAGE_FOUND, JetStream
 from relay.bus.stored import StoredMsg
 from relay.errors import BusRefused
-from relay.tracking.groups import SHARED_TOKEN, group_token
+from relay.tracking.groups import SHARED_TOKEN, group_of
 from relay.tracking.record import parse_time
 from relay.tracking.storage import patiently
 
@@ -51,18 +49,6 @@ def logged_fact(msg: StoredMsg) -> LoggedFact:
     stated = stated if isinstance(stated, dict) else {}
     fields = [value if isinstance(value := stated.get(name), str) else "" for name in ("email_id", "at", "event_id")]
     return LoggedFact(msg.sequence, token, fact, *fields)
-
-
-def group_of(token: str) -> str | None:
-    """The group id that has this token; None for a hash, and for what is no group's token."""
-    if not token.startswith("="):
-        return token if group_token(token) == token else None
-    encoded = token[1:]
-    try:
-        group_id = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode("utf-8", "surrogatepass")
-    except (binascii.Error, ValueError):
-        return None
-    return group_id if group_token(group_id) == token else None
 
 
 def subject_filter(token: str = "") -> str:

@@ -34,8 +34,8 @@ class GroupIndex:
     def __init__(self, jetstream: JetStream) -> None:
         self._jetstream = jetstream
         self._is_denial_told = False
-        self._parsed: OrderedDict[str, tuple[int, list[str]]] = OrderedDict()
-        """By group id: the revision and what it holds, the least recently asked for first."""
+        self._parsed: OrderedDict[str, tuple[int, list[str] | None]] = OrderedDict()
+        """By group id: the revision and what it holds, None where it is broken; the least recently asked for first."""
 
     def email_ids(self, group_id: str, timeout_seconds: float | None = None) -> list[str] | None:
         """The ids in the group's array, in its order, each once; None when there is no array, or a broken one.
@@ -59,14 +59,13 @@ class GroupIndex:
             raise
         if found is None or found.is_deleted:
             return None
-        revision, email_ids = self._parsed.get(group_id, (0, []))
+        revision, email_ids = self._parsed.get(group_id, (0, None))
         if revision == found.sequence:
             self._parsed.move_to_end(group_id)
             return email_ids
         parsed = parse_index(found.payload)
         if parsed is None:
             log.warning("lfx's array of a group is broken; the group is answered from the log alone")
-            return None
         self._parsed[group_id] = (found.sequence, parsed)
         self._parsed.move_to_end(group_id)
         if len(self._parsed) > REMEMBERED_ARRAYS:

@@ -31,9 +31,10 @@ from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket, Entry
 from relay.errors import BusRefused, BusUnavailable
 from relay.tracking.cursors import Place, decode_cursor, encode_cursor
+from relay.tracking.facts import Fact
 from relay.tracking.groups import group_token
 from relay.tracking.legacy import GroupIndex
-from relay.tracking.log import Fact, Log
+from relay.tracking.log import Log
 from relay.tracking.record import is_email_id, parse_record
 
 __all__ = ["Glance", "Group", "GroupReader", "Mail", "Piece", "Place", "Traffic", "decode_cursor", "encode_cursor"]

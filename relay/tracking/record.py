@@ -4,8 +4,8 @@ Pure. Times are RFC 3339 in UTC. ``delivered``, ``opened``, ``open_count`` and `
 present; other optional fields are left out when unset. Our own: ``outcome`` (``in_doubt`` when the final
 dot was sent and no reply came; ``failed`` or ``deferred`` when one came after the caller had been answered, and it
 was no), ``remote_id`` (the smarthost's id; Amazon SES: the message id of its events), and what events add beside
-lfx's fields: ``click_count``, ``last_clicked_at``, ``bounced_at``, ``complained_at``, ``delayed_at``, ``rejected_at``,
-``unsubscribed_at``. ``truncated`` is never stored: it stands in an answer that has no room for the whole record.
+lfx's fields (``folding`` has the table). ``truncated`` is never stored: it stands in an answer that has no room for
+the whole record.
 """
 
 from __future__ import annotations
@@ -114,10 +114,11 @@ def new_record(
 def settled_record(record: Mapping[str, Any], *, outcome: str, remote_id: str) -> bytes:
     """The record of a mail that was in doubt, now that the smarthost has spoken; the same again changes nothing.
 
-    ``outcome`` is '' when the mail was relayed after all, else ``failed`` or ``deferred``: it was not sent.
+    ``outcome`` is '' when the mail was relayed after all, else ``failed`` or ``deferred``: it was not sent. Where an
+    event has told of the mail it was, whatever was said.
     """
     settled = {name: value for name, value in record.items() if name != "outcome"}
-    if outcome:
+    if outcome and "first" not in record:
         settled["outcome"] = outcome
     if remote_id:
         settled["remote_id"] = remote_id

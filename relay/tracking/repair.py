@@ -2,43 +2,44 @@
 
 A mail's record is written before its facts are, but for ``sent``, and each by itself, so a crash, or an
 acknowledgement that was lost, may leave the log short of a fact or with one twice. The records are right: what the
-log lacks is appended, with the deduplication id that the worker itself would use, and what it has too much is deleted.
-
-- A mail whose record says ``in_doubt`` may have a ``sent`` fact or not: nobody knows.
-- A fact whose mail has no record (any more), or one of another group, is counted and kept: records may have expired.
-- Opens and clicks: so many as the record counts. Those whose event ids the record lists are told apart; those that
-  it only counts (its lists are bounded) get ids of our own, ``unlisted-<n>``, when the log lacks them.
+log lacks is appended, with the deduplication id that the worker itself would use, and what it has too much is deleted
+(``comparison`` says what that is). A fact whose mail has no record (any more), or one of another group, is counted
+and kept: records may have expired.
 
 **While mails are sent and events come.** The log is read first, to its end of that moment, then the records, which
 are ahead of their facts. Of every mail that seems wrong the record is read again from the leader; it is left alone
-when it was written less than ``min_age_seconds`` ago, and so is a fact logged since then. Before it is deleted a fact
-is read once more. To do it all again changes nothing.
+when it was written less than ``min_age_seconds`` ago, and so is a fact logged since then. Right before anything is
+appended the log is read on to its new end: what has just been logged, by whomever, is not missing. Before it is
+deleted a fact is read once more. To do it all again changes nothing.
 
-Memory is bounded: facts are held, for ``FACTS_AT_ONCE`` at a time; a larger log is gone through several times, each
-time for a part of the mails.
+**Cost.** Log and bucket are gone through once each, however large; a group's facts alone where it is about a group,
+but the whole bucket, since only a record says which group it belongs to. Memory is bounded: at most about
+``FACTS_AT_ONCE`` facts or mails are held, the others wait in a ``Spill``, by part, as some 200 bytes each.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 import time
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
+
+import orjson
 
 from relay import contract
 from relay.bus.client import Publication
 from relay.bus.jetstream import NO_MESSAGE_FOUND, SEQUENCE_NOT_FOUND, JetStream, Stored
-from relay.bus.stored import StoredMsg, leader_msg
+from relay.bus.stored import leader_msg
 from relay.errors import BusRefused
+from relay.tracking.comparison import Difference, Missing, compare, compared_part
+from relay.tracking.facts import COUNTED
 from relay.tracking.feed import LoggedFact, facts, logged_fact, sequence_at, subject_filter
-from relay.tracking.groups import SHARED_TOKEN, group_token
-from relay.tracking.log import Fact, fact_publication, facts_of
-from relay.tracking.record import earliest, is_email_id, parse_record, parse_time
+from relay.tracking.groups import SHARED_TOKEN, group_token, mail_token
+from relay.tracking.log import fact_publication
+from relay.tracking.record import is_email_id, parse_record, parse_time
+from relay.tracking.spill import Spill
 from relay.tracking.storage import patiently
 
 FACTS_AT_ONCE = 150_000
@@ -46,49 +47,9 @@ FACTS_AT_ONCE = 150_000
 MIN_AGE_SECONDS = 180
 """Longer than the log knows a repeated fact, and than a record in doubt is tried to be settled."""
 EXAMPLES = 10
-MOST_UNLISTED = 10_000
-"""Opens or clicks of one mail that only its record's number speaks for: more is a broken number, and left as it is."""
 
-COUNTED = frozenset({Fact.OPEN, Fact.CLICK})
-"""Facts that a mail may have any number of; of the others one."""
-TIME_FIELDS = {
-    Fact.SENT: "sent_at",
-    Fact.DELIVERED: "delivered_at",
-    Fact.OPENED: "last_opened_at",
-    Fact.OPEN: "last_opened_at",
-    Fact.CLICKED: "last_clicked_at",
-    Fact.CLICK: "last_clicked_at",
-    Fact.FAILED: "failed_at",
-    Fact.BOUNCED: "bounced_at",
-    Fact.COMPLAINED: "complained_at",
-    Fact.DELAYED: "delayed_at",
-    Fact.REJECTED: "rejected_at",
-    Fact.UNSUBSCRIBED: "unsubscribed_at",
-}
-
-_DONE: list[LoggedFact] = []
-"""Stands for the facts of a mail that was looked at."""
-_EVENT_ID = re.compile(r"[\x21-\x7e]{1,256}")
 _STREAM = f"KV_{contract.RECIPIENTS_BUCKET}"
 _PREFIX = f"$KV.{contract.RECIPIENTS_BUCKET}."
-
-
-class Missing(NamedTuple):
-    """A fact that the log lacks."""
-
-    fact: Fact
-    at: str
-    event_id: str
-
-
-class Difference(NamedTuple):
-    """What is wrong with the facts of one mail."""
-
-    missing: list[Missing]
-    surplus: list[LoggedFact]
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.surplus)
 
 
 class Report:
@@ -100,6 +61,9 @@ class Report:
         self.facts = 0
         self.missing: Counter[str] = Counter()
         self.surplus: Counter[str] = Counter()
+        self.undeleted: Counter[str] = Counter()
+        """Surplus facts that NATS did not let go."""
+        self.why_undeleted = ""
         self.left_alone = 0
         """Mails that seem wrong and were changed too recently."""
         self.ownerless = 0
@@ -117,19 +81,25 @@ class Report:
     @property
     def is_well(self) -> bool:
         """Whether nothing is missing and nothing surplus."""
-        return not self.missing and not self.surplus
+        return not (self.missing or self.surplus or self.undeleted)
 
-    def note(self, email_id: str, difference: Difference) -> None:
-        """Counts what is wrong with a mail's facts."""
-        self.missing.update(each.fact.value for each in difference.missing)
-        self.surplus.update(each.fact for each in difference.surplus)
-        found = [f"missing {each.fact.value} {email_id}" for each in difference.missing]
-        found += [f"surplus {each.fact} {email_id}" for each in difference.surplus]
-        self.examples += found[: EXAMPLES - len(self.examples)]
+    def note_missing(self, email_id: str, missing: Missing) -> None:
+        """A fact is missing, or was appended."""
+        self.missing[missing.fact.value] += 1
+        self._give_example(f"missing {missing.fact.value} {email_id}")
+
+    def note_surplus(self, email_id: str, surplus: LoggedFact) -> None:
+        """A fact is surplus, or was deleted."""
+        self.surplus[surplus.fact] += 1
+        self._give_example(f"surplus {surplus.fact} {email_id}")
+
+    def _give_example(self, example: str) -> None:
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(example)
 
 
-Act = Callable[[str, str, Difference], Difference]
-"""What is done about a mail's facts: its email_id, its group's token, the difference; what was done of it."""
+Act = Callable[[str, str, Difference], None]
+"""What is done about a mail's facts: its email_id, its group's token, the difference; it reports what it did."""
 
 
 class Scope(NamedTuple):
@@ -148,126 +118,104 @@ class Scope(NamedTuple):
         return self.group_id is None or record.get("group_id") == self.group_id
 
 
-def token_of(email_id: str, record: Mapping[str, Any]) -> str:
-    """Under which token the facts of a mail are logged; '' when its record does not say."""
-    group_id = record.get("group_id")
-    if not isinstance(group_id, str):
-        return ""
-    return SHARED_TOKEN if group_id == email_id else group_token(group_id)
+def _part_of(email_id: str, parts: int) -> int:
+    return zlib.crc32(email_id.encode("utf-8", "replace")) % parts
 
 
-# -- one mail ---------------------------------------------------------------------------------------------------------
-def compare(record: Mapping[str, Any], logged: list[LoggedFact]) -> Difference:
-    """What the log lacks of a mail and what it has too much. ``logged``: its facts under its group's token."""
-    counts = facts_of(record)
-    difference = Difference([], [])
-    by_fact: dict[str, list[LoggedFact]] = defaultdict(list)
-    for each in sorted(logged):
-        by_fact[each.fact].append(each)
-    for fact in Fact:
-        have = by_fact[fact.value]
-        stated = int(counts.get(fact, 0))
-        least, most = _sent(record) if fact is Fact.SENT else (stated, stated)
-        if fact in COUNTED:
-            # A record that says nothing of them, as after lfx's poller rewrote it, is no reason to delete any.
-            count = stated if _speaks_of(record, fact) else max(stated, len(have))
-            _compare_counted(record, fact, count, have, difference)
-        else:
-            if not stated and fact is not Fact.SENT and not _speaks_of(record, fact):
-                most = 1
-            difference.surplus.extend(have[most:])
-            if len(have) < least:
-                difference.missing.append(Missing(fact, _time_of(record, fact), ""))
-    return difference
-
-
-def _speaks_of(record: Mapping[str, Any], fact: Fact) -> bool:
-    """Whether the record itself says that there was none, or how many. A field that is missing, or of another type,
-    says nothing: the log may be the only one that knows."""
-    match fact:
-        case Fact.DELIVERED | Fact.FAILED | Fact.OPENED:
-            return isinstance(record.get(fact.value), bool)
-        case Fact.OPEN:
-            number = record.get("open_count")
-            return (isinstance(number, int) and not isinstance(number, bool)) or (
-                number is None and isinstance(record.get("opened_at_list"), list)
-            )
-        case Fact.CLICK | Fact.CLICKED:
-            number = record.get("click_count")
-            return isinstance(number, int) and not isinstance(number, bool)
-        case _:
-            return False
-
-
-def _sent(record: Mapping[str, Any]) -> tuple[int, int]:
-    """How many ``sent`` facts there must and may be."""
-    outcome = record.get("outcome")
-    if outcome and not isinstance(outcome, str):
-        return 0, 1
-    if not outcome:
-        return 1, 1
-    return 0, int(outcome not in {"failed", "deferred"})
-
-
-def _compare_counted(
-    record: Mapping[str, Any], fact: Fact, count: int, have: list[LoggedFact], difference: Difference
-) -> None:
-    seen: set[str] = set()
-    single: list[LoggedFact] = []
-    for each in have:
-        if each.event_id and each.event_id in seen:
-            difference.surplus.append(each)
-        else:
-            seen.add(each.event_id)
-            single.append(each)
-    listed = dict(list(_listed(record, fact))[:count])
-    if len(single) > count:
-        unlisted = [each for each in single if each.event_id not in listed]
-        difference.surplus.extend(unlisted[len(unlisted) - (len(single) - count) :])
-    room = max(0, count - len(single))
-    lacking = [Missing(fact, at, event_id) for event_id, at in listed.items() if event_id not in seen][:room]
-    if 0 < room - len(lacking) <= MOST_UNLISTED:
-        own_ids = islice(_own_ids(seen), room - len(lacking))
-        lacking += [Missing(fact, _time_of(record, fact), own_id) for own_id in own_ids]
-    difference.missing.extend(lacking)
-
-
-def _listed(record: Mapping[str, Any], fact: Fact) -> Iterator[tuple[str, str]]:
-    """The events of a kind that the record tells apart: id and time."""
-    opens = record.get("opened_at_list") if fact is Fact.OPEN else None
-    for each in opens if isinstance(opens, list) else ():
-        event_id = each.get("event_id") if isinstance(each, dict) else None
-        if isinstance(event_id, str) and _EVENT_ID.fullmatch(event_id):
-            yield event_id, earliest(each.get("opened_at")) or _time_of(record, fact)
-
-
-def _own_ids(taken: set[str]) -> Iterator[str]:
-    """Ids for events that the record only counts, none of them taken."""
-    for number in itertools.count(1):
-        if (own_id := f"unlisted-{number}") not in taken:
-            yield own_id
-
-
-def _time_of(record: Mapping[str, Any], fact: Fact) -> str:
-    """When it happened, as far as the record says; else when the mail was sent."""
-    if fact is Fact.OPENED:
-        opens = record.get("opened_at_list")
-        times = [each.get("opened_at") for each in opens if isinstance(each, dict)] if isinstance(opens, list) else []
-        if first := earliest(*times):
-            return first
-    return earliest(record.get(TIME_FIELDS[fact])) or earliest(record.get("sent_at"))
-
-
-# -- a group, or all --------------------------------------------------------------------------------------------------
 def _tell_nobody(_count: int) -> None:
     pass
+
+
+class Source(NamedTuple):
+    """Where in the log facts are: under a group's token ('': everybody's), of one mail or ('') of all."""
+
+    token: str
+    only_of: str
+
+
+class LoggedFacts:
+    """The facts of the log by mail, one part of the mails at a time, kept as new as they are asked to be.
+
+    Waits for a NATS that is away; raises ``BusUnavailable`` when it stays away, ``BusRefused``, and ``OSError``.
+    """
+
+    def __init__(self, jetstream: JetStream, sources: list[Source], parts: int) -> None:
+        self._jetstream = jetstream
+        self._sources = sources
+        self._parts = parts
+        self._waiting = Spill(parts)
+        self._next_sequence = 1
+        self._part = -1
+        self._by_mail: dict[str, list[LoggedFact]] = {}
+        self._done: set[str] = set()
+
+    def __enter__(self) -> LoggedFacts:
+        self._waiting.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._waiting.__exit__(*error)
+
+    def read_on(self, on_progress: Callable[[int], None] = _tell_nobody) -> int:
+        """Reads on to the log's end of this moment; how many facts there were. Two questions when there are none."""
+        end = patiently(partial(self._jetstream.last_sequence, contract.LOG_STREAM))
+        if end < self._next_sequence:
+            return 0
+        count = 0
+        for source in self._sources:
+            for page in facts(self._jetstream, subject_filter(source.token), self._next_sequence, end):
+                on_progress(len(page))
+                wanted = [each for each in page if source.only_of in {"", each.email_id}]
+                count += len(wanted)
+                for each in wanted:
+                    self._put(each)
+        self._next_sequence = end + 1
+        return count
+
+    def open(self, part: int) -> None:
+        """Goes on to the next part: its facts, by mail."""
+        self._part = part
+        self._done = set()
+        self._by_mail = defaultdict(list)
+        for line in self._waiting.take(part):
+            fact = LoggedFact(*orjson.loads(line))
+            self._by_mail[fact.email_id].append(fact)
+
+    def of(self, email_id: str) -> list[LoggedFact]:
+        """A mail's facts, in no order, whatever their token."""
+        return self._by_mail.get(email_id, [])
+
+    def is_done(self, email_id: str) -> bool:
+        """Whether the mail was done with before."""
+        return email_id in self._done
+
+    def finish(self, email_id: str) -> None:
+        """The mail is done with: its facts are forgotten, also those to come."""
+        self._done.add(email_id)
+        self._by_mail.pop(email_id, None)
+
+    @property
+    def left(self) -> int:
+        """Facts of the part that nobody was done with."""
+        return sum(map(len, self._by_mail.values()))
+
+    def _put(self, fact: LoggedFact) -> None:
+        part = _part_of(fact.email_id, self._parts)
+        if part > self._part:
+            self._waiting.add(part, orjson.dumps(tuple(fact)))
+        elif part == self._part and fact.email_id not in self._done:
+            self._by_mail[fact.email_id].append(fact)
 
 
 class Repair:
     """Looks at a group (its id), or at everything (None), and mends it.
 
+    An email_id means the mail that was sent without a group, whose record names it as its own group. Where callers
+    sent other mails with that id as their group, it means all of them.
+
     Both methods tell ``on_progress`` how many messages were read more, of ``total``. All wait for a NATS that is away
-    and raise ``BusUnavailable`` when it stays away, ``BusRefused``.
+    and raise ``BusUnavailable`` when it stays away, ``BusRefused``, and ``OSError`` when there is no room for a
+    ``Spill``; ``report`` is what was done by then. That NATS lets nothing be deleted is reported, not raised.
     """
 
     def __init__(
@@ -282,91 +230,86 @@ class Repair:
         self._scope = Scope(group_id)
         self._min_age_seconds = min_age_seconds
         self._on_progress: Callable[[int], None] = _tell_nobody
+        self.report = Report()
         logged = patiently(partial(jetstream.stream_info, contract.LOG_STREAM))
-        self._end = logged.last_sequence
         self._kept_seconds = int(logged.config.get("max_age") or 0) / 1_000_000_000
         """How long the log keeps a fact; 0: for ever."""
-        self._is_alone = group_id is not None and self._is_mail_without_group(group_id)
-        """The group is one mail that was sent without a group."""
-        count = self._count_facts()
-        self._parts = 1 if self._is_alone else -(-count // facts_at_once) or 1
-        records = 1 if self._is_alone else patiently(partial(jetstream.stream_info, _STREAM)).messages
-        self.total = self._parts * (count + records)
+        self.has_mail_without_group = group_id is not None and self._is_mail_without_group(group_id)
+        """The group id is the id of a mail that was sent without a group."""
+        self.is_alone = self.has_mail_without_group and not self._counts(group_token(group_id or ""))
+        """And that mail is all: no group of that id has facts."""
+        self._sources = self._where()
+        count = logged.messages if group_id is None else sum(self._counts(each.token) for each in self._sources)
+        records = 1 if self.is_alone else patiently(partial(jetstream.stream_info, _STREAM)).messages
+        self._parts = 1 if self.is_alone else -(-max(count, records) // facts_at_once) or 1
+        self.total = count + records
         """How many messages there are to be read, about."""
 
     def look(self, on_progress: Callable[[int], None] = _tell_nobody) -> Report:
         """What is missing and what is surplus; changes nothing."""
         self._on_progress = on_progress
-        return self._walk(lambda _email_id, _token, difference: difference)
+        return self._walk(self._note)
 
     def mend(self, on_progress: Callable[[int], None] = _tell_nobody) -> Report:
         """Appends what is missing, deletes what is surplus; the report says what."""
         self._on_progress = on_progress
-        return self._walk(self._apply)
+        return self._walk(self._mend)
 
     def _is_mail_without_group(self, group_id: str) -> bool:
-        if not is_email_id(group_id) or self._counts(group_token(group_id)):
+        if not is_email_id(group_id):
             return False
         found = patiently(partial(self._read_again, group_id))
         record = parse_record(found[0]) if found is not None else None
         return record is not None and record.get("group_id") == group_id
 
-    def _count_facts(self) -> int:
-        if self._scope.group_id is None:
-            return patiently(partial(self._jetstream.stream_info, contract.LOG_STREAM)).messages
-        return self._counts(SHARED_TOKEN if self._is_alone else group_token(self._scope.group_id))
+    def _where(self) -> list[Source]:
+        group_id = self._scope.group_id
+        if group_id is None:
+            return [Source("", "")]
+        own = [Source(SHARED_TOKEN, group_id)] if self.has_mail_without_group else []
+        return own if self.is_alone else [Source(group_token(group_id), ""), *own]
 
     def _counts(self, token: str) -> int:
         counts = patiently(partial(self._jetstream.count_by_subject, contract.LOG_STREAM, subject_filter(token)))
         return sum(counts.values())
 
+    # -- look ----------------------------------------------------------------------------------
     def _walk(self, act: Act) -> Report:
-        report = Report()
+        self.report = report = Report()
         now = time.time()
         young_from = sequence_at(self._jetstream, now - self._min_age_seconds)
-        for part in range(self._parts):
-            logged = self._logged(part, report)
-            for msg in self._records():
-                email_id = msg.nats_subject.removeprefix(_PREFIX)
-                if not is_email_id(email_id) or zlib.crc32(email_id.encode()) % self._parts != part:
-                    continue
-                own = logged.get(email_id, [])
-                record = self._record(msg.payload)
-                if record is None or own is _DONE:
-                    continue
-                report.records += 1
-                token = token_of(email_id, record)
-                report.ownerless += sum(each.token != token for each in own)
-                if own:
-                    logged[email_id] = _DONE
-                if token and compare(record, [each for each in own if each.token == token]):
-                    self._examine(email_id, own, now, young_from, report, act)
-            report.ownerless += sum(map(len, logged.values()))
+        with LoggedFacts(self._jetstream, self._sources, self._parts) as logged, Spill(self._parts) as records:
+            report.facts = logged.read_on(self._on_progress)
+            for email_id, record in self._records():
+                records.add(_part_of(email_id, self._parts), orjson.dumps([email_id, compared_part(record)]))
+            for part in range(self._parts):
+                logged.open(part)
+                for line in records.take(part):
+                    email_id, record = orjson.loads(line)
+                    if logged.is_done(email_id):  # it was changed while they were read, and came twice
+                        continue
+                    report.records += 1
+                    token = mail_token(email_id, record.get("group_id"))
+                    own = logged.of(email_id)
+                    report.ownerless += sum(each.token != token for each in own)
+                    if token and compare(record, [each for each in own if each.token == token]):
+                        self._examine(email_id, logged, now, young_from, act)
+                    logged.finish(email_id)
+                report.ownerless += logged.left
         return report
 
-    def _logged(self, part: int, report: Report) -> dict[str, list[LoggedFact]]:
-        """The facts of this part's mails, by mail."""
-        logged: dict[str, list[LoggedFact]] = defaultdict(list)
-        group_id = self._scope.group_id
-        token = "" if group_id is None else SHARED_TOKEN if self._is_alone else group_token(group_id)
-        for page in facts(self._jetstream, subject_filter(token), 1, self._end):
-            self._on_progress(len(page))
-            for each in page:
-                if self._is_alone and each.email_id != group_id:
-                    continue
-                if zlib.crc32(each.email_id.encode("utf-8", "replace")) % self._parts == part:
-                    logged[each.email_id].append(each)
-                    report.facts += 1
-        return logged
-
-    def _records(self) -> Iterator[StoredMsg]:
-        """The bucket's messages; one that is changed meanwhile may come twice."""
-        keys = self._scope.group_id if self._is_alone else ">"
+    def _records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The records in the bucket, by mail; one that is changed meanwhile may come twice."""
+        keys = self._scope.group_id if self.is_alone else ">"
         sequence: int | None = 1
         while sequence is not None:
             page = patiently(partial(self._jetstream.page, _STREAM, f"{_PREFIX}{keys}", sequence))
             self._on_progress(len(page.msgs))
-            yield from (msg for msg in page.msgs if not msg.is_deleted)
+            for msg in page.msgs:
+                email_id = msg.nats_subject.removeprefix(_PREFIX)
+                record = self._record(msg.payload) if is_email_id(email_id) and not msg.is_deleted else None
+                if record is not None:
+                    yield email_id, record
             sequence = page.next_sequence
 
     def _record(self, value: bytes) -> dict[str, Any] | None:
@@ -375,16 +318,8 @@ class Repair:
         record = parse_record(value)
         return record if record is not None and self._scope.has(record) else None
 
-    def _examine(
-        self,
-        email_id: str,
-        logged: list[LoggedFact],
-        now: float,
-        young_from: int,
-        report: Report,
-        act: Act,
-    ) -> None:
-        """Looks again, at what the leader has now."""
+    def _examine(self, email_id: str, logged: LoggedFacts, now: float, young_from: int, act: Act) -> None:
+        """Looks again, at what the leader has now, and at what has been logged since."""
         found = patiently(partial(self._read_again, email_id))
         if found is None:
             return
@@ -393,16 +328,15 @@ class Repair:
         if record is None:
             return
         if written_at > now - self._min_age_seconds:
-            report.left_alone += 1
+            self.report.left_alone += 1
             return
-        token = token_of(email_id, record)
-        missing, surplus = compare(record, [each for each in logged if each.token == token])
+        token = mail_token(email_id, record.get("group_id"))
+        logged.read_on()
+        missing, surplus = compare(record, [each for each in logged.of(email_id) if each.token == token])
         missing = [each for each in missing if not self._has_expired(record, each)]
         difference = Difference(missing, [each for each in surplus if each.sequence < young_from])
         if difference:
-            done = act(email_id, token, difference)
-            report.note(email_id, done)
-            report.repeated += len(difference.missing) - len(done.missing)
+            act(email_id, token, difference)
 
     def _has_expired(self, record: Mapping[str, Any], missing: Missing) -> bool:
         """Whether the log would no longer have the fact: records live longer, and put back it would outlive its record.
@@ -428,16 +362,33 @@ class Repair:
             return None
         return found.payload, written_at.timestamp()
 
+    def _note(self, email_id: str, _token: str, difference: Difference) -> None:
+        for lacking in difference.missing:
+            self.report.note_missing(email_id, lacking)
+        for each in difference.surplus:
+            self.report.note_surplus(email_id, each)
+
     # -- mend ----------------------------------------------------------------------------------
-    def _apply(self, email_id: str, token: str, difference: Difference) -> Difference:
-        appended = []
+    def _mend(self, email_id: str, token: str, difference: Difference) -> None:
         for lacking in difference.missing:
             publication = fact_publication(token, lacking.fact, email_id, lacking.at, lacking.event_id)
             if self._append(publication):
-                appended.append(lacking)
+                self.report.note_missing(email_id, lacking)
+            else:
+                self.report.repeated += 1
         for each in difference.surplus:
-            patiently(partial(self._delete, each))
-        return Difference(appended, difference.surplus)
+            self._take_out(email_id, each)
+
+    def _take_out(self, email_id: str, fact: LoggedFact) -> None:
+        """Deletes it; what NATS refuses once (the log denies deletion, or this user may not) is not asked again."""
+        if not self.report.why_undeleted:
+            try:
+                patiently(partial(self._delete, fact))
+                self.report.note_surplus(email_id, fact)
+                return
+            except BusRefused as error:
+                self.report.why_undeleted = str(error)
+        self.report.undeleted[fact.fact] += 1
 
     def _append(self, publication: Publication) -> bool:
         """Whether it is in the log by that, and was not before as far as the log remembers."""

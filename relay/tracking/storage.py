@@ -7,7 +7,7 @@ Made by us, the bucket has no limit on a value's size, both allow direct gets, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import gevent
@@ -60,7 +60,7 @@ def ensure_storage(jetstream: JetStream, config: StorageConfig) -> str:
     """
     try:
         for stream in (_bucket(config), _log(config)):
-            _ensure_stream(jetstream, stream)
+            ensure_stream(jetstream, stream)
             _probe_writing(jetstream, stream)
     except BusRefused as error:
         if error.code in NO_JETSTREAM_CODES:
@@ -108,7 +108,11 @@ def patiently(question: Callable[[], T], patience_seconds: float = PATIENCE_SECO
         gevent.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _ensure_stream(jetstream: JetStream, stream: dict[str, Any]) -> None:
+def ensure_stream(jetstream: JetStream, stream: Mapping[str, Any]) -> None:
+    """Makes the stream unless there is one of that name, which is used as it is.
+
+    Raises ``BusUnavailable`` and ``BusRefused``.
+    """
     try:
         jetstream.api(f"STREAM.INFO.{stream['name']}")
     except BusRefused as error:
@@ -130,7 +134,7 @@ def _probe_writing(jetstream: JetStream, stream: dict[str, Any]) -> None:
 
 def _bucket(config: StorageConfig) -> dict[str, Any]:
     name = contract.RECIPIENTS_BUCKET
-    return _stream(
+    return stream_config(
         config,
         name=f"KV_{name}",
         subjects=[f"$KV.{name}.>"],
@@ -143,7 +147,7 @@ def _bucket(config: StorageConfig) -> dict[str, Any]:
 
 
 def _log(config: StorageConfig) -> dict[str, Any]:
-    return _stream(
+    return stream_config(
         config,
         name=contract.LOG_STREAM,
         subjects=[f"{contract.LOG_PREFIX}.*.*"],
@@ -152,7 +156,8 @@ def _log(config: StorageConfig) -> dict[str, Any]:
     )
 
 
-def _stream(config: StorageConfig, **own: Any) -> dict[str, Any]:
+def stream_config(config: StorageConfig, **own: Any) -> dict[str, Any]:
+    """A stream as Relay makes them; ``own`` is what this one has of its own, its name and subjects at least."""
     return {
         "retention": "limits",
         "storage": config.storage,

@@ -17,8 +17,9 @@ from relay.bus.client import Publication
 from relay.bus.jetstream import TOO_LARGE_FOR_STREAM, JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
-from relay.tracking.groups import SHARED_TOKEN, group_token
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.groups import mail_token
+from relay.tracking.log import fact_publication
 from relay.tracking.record import new_record, parse_record, rfc3339, settled_record
 from relay.tracking.storage import StorageConfig, wait_for_storage, why_unusable
 
@@ -196,5 +197,4 @@ class Tracker:
 
 
 def _sent_fact(group_id: str, email_id: str, sent_at: str) -> Publication:
-    token = SHARED_TOKEN if group_id == email_id else group_token(group_id)
-    return fact_publication(token, Fact.SENT, email_id, sent_at)
+    return fact_publication(mail_token(email_id, group_id), Fact.SENT, email_id, sent_at)

@@ -79,6 +79,23 @@ def test_the_stats_count_requests_and_carry_our_figures(bus: Bus) -> None:
     assert endpoint["data"] == {"relayed": 7}
 
 
+def test_who_serves_no_subject_tells_figures_all_the_same(bus: Bus) -> None:
+    made = MicroService(
+        bus,
+        version="1.2.3",
+        program="engagement",
+        metadata={},
+        endpoints=[],
+        figures=lambda: {"received": 7},
+        reply_prefixes=("_INBOX",),
+    )
+    made.start()
+    stats = ask(bus, "$SRV.STATS")
+    nats.micro.service.ServiceStats.from_dict(stats)
+    assert stats["endpoints"][0]["data"] == {"received": 7}
+    assert ask(bus, "$SRV.INFO")["endpoints"] == []
+
+
 @pytest.mark.usefixtures("micro")
 def test_a_hostile_reply_subject_gets_nothing(bus: Bus) -> None:
     seen: list[Msg] = []

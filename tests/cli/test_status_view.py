@@ -10,6 +10,8 @@ from rich.console import Console
 
 from relay.cli.fleet import Fleet
 from relay.cli.status_view import Snapshot, render
+from relay.ops.presence import Report, Stage
+from relay.ops.supervision import ProgramStatus
 
 POOL: dict[str, Any] = {
     "idle": 1,
@@ -71,3 +73,37 @@ def test_an_old_nats_server_has_a_line(version: str, is_old: bool) -> None:
 
 def test_an_only_host_is_the_circuits_matter() -> None:
     assert "does not use" not in shown(hosts=[{"host": "a.example.com:587", "set_aside": "timed out"}])
+
+
+def events_line(figures: dict[str, Any] | None, lacking: dict[str, str]) -> str:
+    """The line about events of a relay with an engagement worker."""
+    report = Report(1, Stage.READY, "", False, 0, lacking, {})
+    status = ProgramStatus("engagement", "RUNNING", 1, 5, report, True)
+    fleet = Fleet("", "2.15.1", {} if figures is None else {"engagement": figures}, 0)
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(render(Snapshot(Path("/srv/relay/var"), {}, [status], fleet)))
+    return next(line for line in capture.get().splitlines() if line.startswith("Events"))
+
+
+def test_events_have_a_line() -> None:
+    queue = {"problem": "", "waiting": 12, "in_flight": 0, "delayed": 0}
+    counts = {"folded": 5, "repeated": 2, "unknown": 1, "Open": 8}
+    line = events_line({"events": counts, "queue": queue}, {})
+    assert line.split(None, 1)[1].rstrip() == "5 folded, 2 repeated, 0 parked, 1 unknown, 12 waiting in the queue"
+
+
+@pytest.mark.parametrize(
+    ("figures", "lacking", "said"),
+    [
+        ({"queue": {"problem": "events wait for JetStream"}}, {}, "failed: events wait for JetStream"),
+        (None, {"sqs": "the queue cannot be asked"}, "failed: the queue cannot be asked"),
+        (None, {"nats": "connection refused"}, "unknown: no worker answers"),
+    ],
+)
+def test_why_events_are_not_handled(figures: dict[str, Any] | None, lacking: dict[str, str], said: str) -> None:
+    assert said in events_line(figures, lacking)
+
+
+def test_without_an_engagement_worker_nothing_is_said_of_events() -> None:
+    assert "Events" not in shown()

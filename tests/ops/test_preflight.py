@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from gevent.server import StreamServer
 
 from relay.ops.preflight import Finding, findings
 from relay.settings import load_settings
+from tests.support.moto_server import aws_environment
 from tests.support.nats_server import NatsServer, free_port
 from tests.support.scripted_smtp import ScriptedSmtp, make_certificate, say
+from tests.support.sqs_double import SqsDouble
 
 Found = dict[str, Finding]
 Check = Callable[..., Found]
@@ -171,3 +174,82 @@ def test_an_old_nats_server(check: Check, old_nats_server: str) -> None:
     assert not finding.ok
     assert "nats-server 2.10.29 is older than 2.12" in finding.detail
     assert "update the server" in finding.detail
+
+
+@pytest.fixture
+def queue() -> Iterator[SqsDouble]:
+    """A queue of events."""
+    double = SqsDouble(visibility_seconds=60)
+    yield double.start()
+    double.stop()
+
+
+def with_events(queue: SqsDouble, **changed: str) -> dict[str, str]:
+    """Settings of a relay that reads the queue."""
+    return {
+        **aws_environment(queue.url),
+        "AWS_MAX_ATTEMPTS": "1",
+        "SES_EVENTING_ENABLED": "true",
+        "SES_ENGAGEMENT_SQS_QUEUE_URL": queue.queue_url,
+        "SES_CONFIGURATION_SET": "relay",
+        **changed,
+    }
+
+
+def test_a_queue_of_events_that_is_well(check: Check, queue: SqsDouble) -> None:
+    queue.max_receives = 20
+    queue.add("an event")
+    found = check(**with_events(queue))
+    assert [what for what in found if "S" in what and "SMTP" not in what] == ["NATS", "JetStream", "SQS"]
+    assert found["SQS"].ok
+    assert "nothing else may poll it, lfx's own poller least of all" in found["SQS"].detail
+    (left,) = queue.left
+    assert left.visible_at <= time.monotonic(), "nothing was taken"
+
+
+def test_a_queue_that_is_not_there(check: Check, queue: SqsDouble) -> None:
+    finding = check(**with_events(queue, SES_ENGAGEMENT_SQS_QUEUE_URL=f"{queue.url}/1/missing"))["SQS"]
+    assert (finding.ok, finding.is_warning) == (False, False)
+    assert "check SES_ENGAGEMENT_SQS_QUEUE_URL" in finding.detail
+
+
+def test_a_queue_that_cannot_be_asked(check: Check, queue: SqsDouble) -> None:
+    queue.stop()
+    finding = check(**with_events(queue))["SQS"]
+    assert not finding.ok
+    assert "Could not connect" in finding.detail
+
+
+def test_credentials_that_are_missing(check: Check, queue: SqsDouble) -> None:
+    finding = check(**with_events(queue, AWS_ACCESS_KEY_ID="", AWS_SECRET_ACCESS_KEY=""))["SQS"]
+    assert not finding.ok
+    assert "no AWS credentials were found" in finding.detail
+
+
+def test_credentials_that_may_too_little(check: Check, queue: SqsDouble) -> None:
+    queue.denied = {"DeleteMessageBatch", "ChangeMessageVisibilityBatch"}
+    finding = check(**with_events(queue))["SQS"]
+    assert not finding.ok
+    assert "may not sqs:DeleteMessage, sqs:ChangeMessageVisibility; allow that" in finding.detail
+
+
+def test_a_queue_set_up_so_that_events_come_twice_or_get_lost(check: Check, queue: SqsDouble) -> None:
+    queue.visibility_seconds, queue.max_receives = 5, 3
+    found = check(**with_events(queue, SES_CONFIGURATION_SET=""))
+    for what, said in {
+        "SQS visibility": "visibility timeout is 5 s",
+        "SQS redrive": "after 3 receives",
+        "SES events": "SES_CONFIGURATION_SET is empty",
+    }.items():
+        assert (found[what].ok, found[what].is_warning) == (False, True)
+        assert said in found[what].detail
+    assert found["SQS"].ok
+
+
+def test_somebody_else_polls_the_queue(check: Check, queue: SqsDouble) -> None:
+    queue.add("an event")
+    queue.left[0].visible_at = time.monotonic() + 60
+    finding = check(**with_events(queue))["SQS pollers"]
+    assert finding.is_warning
+    assert "1 messages of the queue are in somebody's hands" in finding.detail
+    assert "lfx's own poller, which must be off" in finding.detail

@@ -14,7 +14,7 @@ import pytest
 
 from relay.errors import ConfigError
 from relay.ops.devstack import DevStack
-from relay.ops.supervision import Supervision, SupervisionError, conf_file, programs
+from relay.ops.supervision import Supervision, SupervisionError, conf_file, is_worker, programs
 from relay.settings import Settings
 from tests.support.nats_server import free_port
 
@@ -77,6 +77,14 @@ def test_in_the_foreground_everything_goes_to_standard_output(settings: Settings
 
 def test_without_the_development_stack(settings: Settings) -> None:
     assert [program.name for program in programs(settings, None)] == ["send-1", "send-2", "send-3", "status"]
+
+
+def test_the_engagement_worker_runs_when_events_are_wanted(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    del settings
+    monkeypatch.setenv("SES_EVENTING_ENABLED", "true")
+    monkeypatch.setenv("SES_ENGAGEMENT_SQS_QUEUE_URL", "https://sqs.us-east-1.amazonaws.com/123456789012/events")
+    assert programs(Settings(), None)[-1].name == "engagement"
+    assert is_worker("engagement")
 
 
 @pytest.mark.parametrize("name", ["NATS_URL", "SMTP_HOST"])

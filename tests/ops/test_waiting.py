@@ -27,7 +27,7 @@ def test_what_goes_away_later_is_told_too(
     monkeypatch.setattr(waiting, "WATCH_SECONDS", 0.05)
     server = new_nats_server()
     bus = new_bus(server.url)
-    context = Context(load_settings(), "status", bus, Presence(tmp_path, "status"), Event())
+    context = Context(load_settings(), "status", bus, Presence(tmp_path, "status"), Event(), pytest.fail)
     told = [""]
     changed = Event()
 

@@ -10,8 +10,9 @@ from relay.bus.client import Publication
 from relay.bus.jetstream import JetStream, Stored
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused
+from relay.tracking.facts import Fact
 from relay.tracking.groups import group_token
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.log import fact_publication
 from relay.tracking.record import new_record
 
 SENT_AT = "2025-01-15T10:30:00.000Z"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from enum import Enum, auto
 from typing import BinaryIO
@@ -16,6 +17,7 @@ from typing import BinaryIO
 from relay import contract
 
 WAIT_SECONDS = 10.0
+HOLD_SECONDS = 1.5
 READ_BYTES = 65_536
 
 
@@ -28,6 +30,8 @@ class Action(Enum):
     """It gets through, the connection ends and nobody is told."""
     DROP = auto()
     """It does not get through; nothing else happens."""
+    HOLD = auto()
+    """It gets through after ``HOLD_SECONDS``, as when everything stands still for so long."""
 
 
 def is_tracking(nats_subject: str) -> bool:
@@ -118,8 +122,12 @@ class NatsProxy:
                     if self._action is Action.DROP:
                         self._reach()
                         continue
-                    server.sendall(octets)
-                    break
+                    if self._action is Action.HOLD:
+                        time.sleep(HOLD_SECONDS)
+                        self._reach()
+                    else:
+                        server.sendall(octets)
+                        break
                 server.sendall(octets)
         # The server works on what it has, sees the end and closes: only then is anybody told.
         with contextlib.suppress(OSError):
@@ -136,7 +144,7 @@ class NatsProxy:
         with self._lock:
             self.counted += 1
             is_met = self.counted == self._at
-            if is_met and self._action is not Action.DROP:
+            if is_met and self._action in {Action.CUT_BEFORE, Action.CUT_AFTER}:
                 self._is_refusing = True  # also what the server has still to say to this client
             return is_met
 

@@ -30,6 +30,8 @@ OURS = (
     "SEND_",
     "DRAIN_",
     "BACKLOG_",
+    "ENGAGEMENT_",
+    "AWS_",
 )
 
 

@@ -97,6 +97,7 @@ SCHEMA: dict[str, Any] = {
     "nats": {"url": str, "connected": bool, "problem": str, "server_version": str},
     "tracking": {"on": (bool, type(None)), "problem": str},
     "smtp": {"smarthost": str, "ok": (bool, type(None)), "problem": str},
+    "events": {"on": (bool, type(None)), "problem": str},
     "programs": [
         {
             "name": str,
@@ -142,6 +143,14 @@ STATUS_FIGURES: dict[str, Any] = {
     **dict.fromkeys(("pid", "in_flight", "answered", "overloaded", "dropped"), int),
     "tracking": {"off_reason": str},
 }
+ENGAGEMENT_FIGURES: dict[str, Any] = {
+    **dict.fromkeys(("program", "host", "stage", "nats_server", "last_error"), str),
+    **dict.fromkeys(("pid", "in_flight", "received", "deleted", "undeleted", "left", "extended", "broken"), int),
+    "receive_failures": int,
+    "events": dict,
+    "pollers": {"idle": int, "max": int},
+    "queue": {"problem": str, **dict.fromkeys(("waiting", "in_flight", "delayed"), (int, type(None)))},
+}
 
 
 def paths_of(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -182,8 +191,9 @@ def test_the_json_of_status_is_as_documented(relay: RelayProcess, email_id: str)
     assert figures["nats"] is None
     check_schema(figures["status"], STATUS_FIGURES)
     documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    for path in (*paths_of(SCHEMA), *paths_of(SEND_FIGURES), *paths_of(STATUS_FIGURES)):
-        assert f"`{path}`" in documented, f"docs/cli.md does not explain {path}"
+    for schema in (SCHEMA, SEND_FIGURES, STATUS_FIGURES, ENGAGEMENT_FIGURES):
+        for path in paths_of(schema):
+            assert f"`{path}`" in documented, f"docs/cli.md does not explain {path}"
 
 
 def test_status_as_text(relay: RelayProcess, email_id: str) -> None:

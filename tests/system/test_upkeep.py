@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import time
@@ -20,9 +21,11 @@ from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.tracking.export import COLUMNS
-from relay.tracking.log import Fact, Log, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.groups import group_token
+from relay.tracking.log import Log, fact_publication
 from relay.tracking.storage import StorageConfig, ensure_storage, patiently
-from tests.support.groups import SENT_AT, send_mails, store
+from tests.support.groups import SENT_AT, put_records, record_of, send_mails, store
 from tests.support.nats_server import NatsServer, free_port
 from tests.support.relay_process import RELAYCTL, clean_environment
 
@@ -216,6 +219,41 @@ def test_events_live_over_a_restart_until_ctrl_c(place: Place) -> None:
     assert said == ["relayctl: NATS is away", "relayctl: NATS is back"]
 
 
+HOSTILE_TIMES = [
+    "0001-01-01T00:00:00+01:00",
+    "9999-12-31T23:59:59-01:00",
+    "0001-01-01T00:00:00Z",
+    "2025-01-15T10:30:00.123456789+23:59",
+    "\x1b[2J",
+    "",
+]
+
+
+def test_times_that_anyone_may_have_published(place: Place) -> None:
+    email_ids = send_mails(place.jetstream, "spring", len(HOSTILE_TIMES))
+    facts = [
+        fact_publication("spring", Fact.OPENED, email_id, at)
+        for email_id, at in zip(email_ids, HOSTILE_TIMES, strict=True)
+    ]
+    store(place.jetstream, [*facts, fact_publication(group_token("\ud800"), Fact.OPENED, "id-1", SENT_AT)])
+    bucket = Bucket(place.jetstream, contract.RECIPIENTS_BUCKET)
+    for email_id, at in zip(email_ids, HOSTILE_TIMES, strict=True):
+        entry = bucket.get(email_id)
+        assert entry is not None
+        changed = {"sent_at": at, "opened": True, "open_count": 1, "last_opened_at": at}
+        bucket.put(email_id, orjson.dumps(orjson.loads(entry.value) | changed))
+    for form in ((), ("--json",)):
+        done = place.operator.run("events", "--since", "0001-01-01T00:00:00+01:00", *form)
+        assert (done.returncode, done.stdout.count("\n")) == (0, 2 * len(HOSTILE_TIMES) + 1), done.stderr
+    shown = place.operator.run("events").stdout
+    for time_shown in ("0001-01-01T00:00:00", "9999-12-31T23:59:59", "0001-01-01 00:00:00", "2025-01-14 10:31:00"):
+        assert f"\n{time_shown} opened" in shown
+    assert place.operator.run("export", "spring").stdout.count("\n") == len(HOSTILE_TIMES) + 1
+    done = place.operator.run("repair", "spring", "--yes", "--min-age", "0")
+    assert done.returncode == 0, done.stderr
+    assert Log(place.jetstream).counts("spring")["open"] == len(HOSTILE_TIMES)
+
+
 # -- export -----------------------------------------------------------------------------------------------------------
 def test_export(place: Place) -> None:
     email_ids = send_mails(place.jetstream, "spring", 250, '=HYPERLINK("http://example.org")')
@@ -242,39 +280,134 @@ def test_export(place: Place) -> None:
         assert done.stderr.count("\n") == 1, done.stderr
 
 
+GOES_ON = "relayctl: to go on: relayctl "
+
+
+def said(errors: str) -> list[str]:
+    """The command that goes on, as a shell would read what it said."""
+    (again,) = [line for line in errors.splitlines() if line.startswith(GOES_ON)]
+    return shlex.split(again.removeprefix(GOES_ON))
+
+
 def go_on(operator: Operator, errors: str) -> None:
     """Types the command that it said."""
-    (again,) = [line for line in errors.splitlines() if line.startswith("relayctl: to go on: ")]
-    done = operator.run(*again.removeprefix("relayctl: to go on: relayctl ").split())
+    done = operator.run(*said(errors))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("format_name", ["csv", "jsonl"])
-def test_an_export_that_is_interrupted_goes_on(place: Place, format_name: str) -> None:
-    # Given what a whole export gives
-    send_mails(place.jetstream, "large", LARGE)
-    command = ("export", "large", "--format", format_name, "--output")
-    assert place.operator.run(*command, "whole").returncode == 0
-    whole = (place.operator.directory / "whole").read_bytes()
-    # When one is ended by Ctrl-C on its way
-    process = place.operator.start(*command, "cut")
-    part = place.operator.directory / "cut.part"
+def wait_for_part(process: subprocess.Popen[str], part: Path, size_bytes: int) -> None:
+    """Returns when the part has grown over a size."""
     deadline = time.monotonic() + 20
-    while (not part.exists() or part.stat().st_size < 100_000) and time.monotonic() < deadline:
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    while not part.exists() or part.stat().st_size < size_bytes:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def stopped(operator: Operator, part: Path, number: signal.Signals, *arguments: str, size_bytes: int = 100_000) -> str:
+    """Starts an export to a file and ends it on its way; what it said."""
+    process = operator.start("export", *arguments)
+    try:
+        wait_for_part(process, part, size_bytes)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert process.returncode == (-number if number == signal.SIGKILL else 1), errors
+    return errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("format_name", ["csv", "jsonl"])
+def test_an_export_that_is_interrupted_goes_on(place: Place, format_name: str, number: signal.Signals) -> None:
+    # Given what a whole export gives, of a group that looks like an option
+    send_mails(place.jetstream, "-large", LARGE)
+    command = ("--format", format_name, "--output")
+    assert place.operator.run("export", *command, "whole", "--", "-large").returncode == 0
+    whole = (place.operator.directory / "whole").read_bytes()
+    # When one is ended on its way
+    part = place.operator.directory / "cut.part"
+    errors = stopped(place.operator, part, number, *command, "cut", "--", "-large")
     # Then there is no file, only a part that ends with a whole line
-    assert process.returncode == 1, errors
     assert "interrupted; what is there is not complete" in errors
     assert not (place.operator.directory / "cut").exists()
     kept = part.read_bytes()
     assert whole.startswith(kept)
     assert kept.endswith(b"\n")
-    # And the cursor leads to the same as a whole one
+    # And what it said leads to the same as a whole one
+    assert said(errors)[-2:] == ["--", "-large"]
     go_on(place.operator, errors)
     assert (place.operator.directory / "cut").read_bytes() == whole
     assert not part.exists()
+
+
+def test_an_export_that_goes_on_and_is_killed_goes_on_again(place: Place) -> None:
+    # Given an export that was stopped and goes on
+    send_mails(place.jetstream, "large", LARGE)
+    whole = place.operator.run("export", "large").stdout
+    part = place.operator.directory / "cut.part"
+    errors = stopped(place.operator, part, signal.SIGINT, "large", "--output", "cut")
+    # When that is killed, twice, so that nothing says how far it came
+    for _ in range(2):
+        more_bytes = part.stat().st_size + 100_000
+        stopped(place.operator, part, signal.SIGKILL, *said(errors)[1:], size_bytes=more_bytes)
+    # Then the same command leads to the same as a whole one
+    go_on(place.operator, errors)
+    assert (place.operator.directory / "cut").read_text() == whole
+
+
+def test_an_export_goes_on_with_its_own_part_only(place: Place) -> None:
+    send_mails(place.jetstream, "large", LARGE)
+    part = place.operator.directory / "cut.part"
+    errors = stopped(place.operator, part, signal.SIGINT, "large", "--output", "cut")
+    # When the part is another one by now, the command is refused, and it stays
+    kept = part.read_bytes()
+    part.write_bytes(kept[:-1] + b" ")
+    done = place.operator.run(*said(errors))
+    assert done.returncode == 1
+    assert "is not what it was when --cursor was said; leave out --cursor to begin anew" in done.stderr
+    assert part.read_bytes() == kept[:-1] + b" "
+    # And so is a cursor that says nothing of a file
+    words = said(errors)
+    cursor = words[words.index("--cursor") + 1]
+    done = place.operator.run("export", "large", "--output", "cut", "--cursor", cursor.split(".")[0])
+    assert (done.returncode, "of an export to standard output" in done.stderr) == (1, True)
+    # But on standard output the rest may be had
+    done = place.operator.run("export", "large", "--cursor", cursor)
+    assert kept.decode() + done.stdout == place.operator.run("export", "large").stdout
+
+
+def test_a_cursor_is_of_one_log(place: Place) -> None:
+    # Given an export that was stopped
+    email_ids = send_mails(place.jetstream, "large", LARGE)
+    errors = stopped(place.operator, place.operator.directory / "cut.part", signal.SIGINT, "large", "--output", "cut")
+    # When the log is made anew, in another order
+    place.jetstream.api(f"STREAM.DELETE.{contract.LOG_STREAM}")
+    assert ensure_storage(place.jetstream, StorageConfig()) == ""
+    facts = [fact_publication("large", Fact.SENT, email_id, SENT_AT) for email_id in reversed(email_ids)]
+    store(place.jetstream, facts)
+    # Then the cursor is refused
+    done = place.operator.run(*said(errors))
+    assert done.returncode == 1
+    assert done.stderr.startswith("relayctl: --cursor: invalid cursor; it is good for one group, as long as its log")
+
+
+def test_two_exports_to_one_file(place: Place) -> None:
+    send_mails(place.jetstream, "large", LARGE)
+    process = place.operator.start("export", "large", "--output", "x")
+    try:
+        wait_for_part(process, place.operator.directory / "x.part", 1)
+        process.send_signal(signal.SIGSTOP)
+        second = place.operator.run("export", "large", "--output", "x")
+        process.send_signal(signal.SIGCONT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait(10)
+    assert (second.returncode, "another export is writing" in second.stderr) == (1, True), second.stderr
+    assert process.returncode == 0, errors
+    assert (place.operator.directory / "x").read_text().count("\n") == LARGE + 1
 
 
 def test_an_export_to_a_full_disk_goes_on_elsewhere(place: Place) -> None:
@@ -299,7 +432,9 @@ def test_an_export_that_nobody_reads(place: Place) -> None:
     process = place.operator.start("export", "large")
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.readline()
+    header, first = process.stdout.readline(), process.stdout.readline()
+    assert header.startswith('"email_id"')
+    assert first, "behind the first piece there is a place to go on from"
     process.stdout.close()
     errors = process.stderr.read()
     assert process.wait(20) == 1
@@ -365,6 +500,61 @@ def test_repair_of_what_is_new_waits(place: Place) -> None:
     assert Log(place.jetstream).counts("spring") == {"sent": 1, "failed": 1}
 
 
+def test_repair_says_what_it_could_not_delete(place: Place) -> None:
+    (email_id,) = send_mails(place.jetstream, "spring", 1)
+    store(place.jetstream, [fact_publication("spring", Fact.FAILED, email_id, SENT_AT)])
+    put_records(place.jetstream, {"id-1": record_of("id-1", "spring")})
+    config = dict(place.jetstream.stream_info(contract.LOG_STREAM).config) | {"deny_delete": True}
+    place.jetstream.api(f"STREAM.UPDATE.{contract.LOG_STREAM}", config)
+    done = place.operator.run("repair", "spring", "--yes", "--min-age", "0")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "relayctl: could not be deleted, and are still counted: 1 failed (JetStream: message delete not permitted)\n"
+    )
+    assert Log(place.jetstream).counts("spring") == {"sent": 2, "failed": 1}
+    told = place.operator.run("repair", "spring", "--yes", "--min-age", "0", "--json")
+    assert (told.returncode, json.loads(told.stdout)["undeleted"]) == (1, {"failed": 1})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_repair_that_is_interrupted_says_what_it_did(place: Place, number: signal.Signals) -> None:
+    # Given a repair on its way
+    put_records(place.jetstream, {f"id-{n}": record_of(f"id-{n}", "spring") for n in range(5000)})
+    process = place.operator.start("repair", "spring", "--yes", "--min-age", "0", "--json")
+    try:
+        deadline = time.monotonic() + 20
+        while Log(place.jetstream).counts("spring").get("sent", 0) < 100:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+        # When it is ended
+        process.send_signal(number)
+        shown, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait(10)
+    # Then it says how far it came: but for the one in hand, exactly
+    assert process.returncode == 1
+    assert errors == "relayctl: stopped: interrupted; what was done by then stands above; run it again\n"
+    told = json.loads(shown)
+    assert told["stopped"] == "interrupted"
+    appended = Log(place.jetstream).counts("spring")["sent"]
+    assert 100 <= appended < 5000
+    assert told["missing"]["sent"] in {appended - 1, appended}
+    # And run again, it does the rest
+    assert place.operator.run("repair", "spring", "--yes", "--min-age", "0").returncode == 0
+    assert Log(place.jetstream).counts("spring") == {"sent": 5000}
+
+
+def test_repair_of_a_mail_and_of_a_group_with_its_id(place: Place) -> None:
+    put_records(place.jetstream, {"solo": record_of("solo", "solo")})
+    alone = place.operator.run("repair", "solo", "--dry-run", "--min-age", "0").stdout
+    assert "solo is a mail that was sent without a group; no other mail was looked at" in alone
+    send_mails(place.jetstream, "solo", 1)
+    both = place.operator.run("repair", "solo", "--yes", "--min-age", "0").stdout
+    assert "2 records, 1 facts\nsolo is a group, and a mail that was sent without one: both were looked at" in both
+    assert Log(place.jetstream).counts("-") == Log(place.jetstream).counts("solo") == {"sent": 1}
+
+
 @pytest.mark.parametrize(
     "arguments", [(), ("spring", "--scan"), ("spring", "--json"), ("spring", "--min-age", "-1")], ids=" ".join
 )
@@ -408,6 +598,62 @@ def test_erase(place: Place) -> None:
     entry = bucket.get(other)
     assert entry is not None
     assert orjson.loads(entry.value)["to"] == "user@example.com"
+
+
+def put_history(jetstream: JetStream, email_id: str, **config: bool) -> str:
+    """Lets the bucket keep five values of each record, and gives one more to this; its subject."""
+    stream = f"KV_{contract.RECIPIENTS_BUCKET}"
+    changed = {"max_msgs_per_subject": 5, **config}
+    jetstream.api(f"STREAM.UPDATE.{stream}", dict(jetstream.stream_info(stream).config) | changed)
+    bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
+    entry = bucket.get(email_id)
+    assert entry is not None
+    bucket.put(email_id, orjson.dumps(orjson.loads(entry.value) | {"opened": True, "open_count": 1}))
+    return f"$KV.{contract.RECIPIENTS_BUCKET}.{email_id}"
+
+
+def test_erase_takes_old_values_away_in_the_same_write(
+    new_nats_server: NewServer, new_bus: NewBus, tmp_path: Path
+) -> None:
+    # Given an operator who may not purge
+    user = 'user: "w", password: "w", permissions: { publish: { deny: ["$JS.API.STREAM.PURGE.>"] } }'
+    admin = 'user: "a", password: "a"'
+    server = new_nats_server(config=f"authorization {{ users: [{{ {user} }}, {{ {admin} }}] }}")
+    jetstream = JetStream(new_bus(server.url.replace("//", "//a:a@")))
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    (email_id,) = send_mails(jetstream, "spring", 1)
+    nats_subject = put_history(jetstream, email_id)
+    stream = f"KV_{contract.RECIPIENTS_BUCKET}"
+    sequence = jetstream.last_sequence(stream)
+    # When the mail is erased
+    done = Operator(server.url.replace("//", "//w:w@"), tmp_path).run("erase", email_id, "--yes")
+    # Then one write did it all
+    assert (done.returncode, done.stdout) == (0, "erased: to, subject\n"), done.stderr
+    assert jetstream.count_by_subject(stream, nats_subject) == {nats_subject: 1}
+    assert jetstream.last_sequence(stream) == sequence + 1
+
+
+def test_erase_where_a_write_cannot_roll_up(place: Place) -> None:
+    (email_id, other) = send_mails(place.jetstream, "spring", 2)
+    nats_subject = put_history(place.jetstream, email_id, allow_rollup_hdrs=False)
+    stream = f"KV_{contract.RECIPIENTS_BUCKET}"
+    assert place.operator.run("erase", email_id, "--yes").returncode == 0
+    assert place.jetstream.count_by_subject(stream, nats_subject) == {nats_subject: 1}
+    # And where nothing may be purged either, it is said, with a command that helps
+    nats_subject = put_history(place.jetstream, other, allow_rollup_hdrs=False, deny_purge=True)
+    done = place.operator.run("erase", other, "--yes")
+    assert done.returncode == 1
+    assert "erased, but the bucket keeps the record's old values: JetStream: stream purge not permitted" in done.stderr
+    assert f"nats stream edit {stream} --max-msgs-per-subject=1 --force" in done.stderr
+    config = dict(place.jetstream.stream_info(stream).config) | {"max_msgs_per_subject": 1}
+    place.jetstream.api(f"STREAM.UPDATE.{stream}", config)
+    assert place.jetstream.count_by_subject(stream, nats_subject) == {nats_subject: 1}
+
+
+def test_erase_of_a_broken_record_says_what_to_type(place: Place) -> None:
+    put_records(place.jetstream, {"-x": b"broken"})
+    done = place.operator.run("erase", "--yes", "--", "-x")
+    assert done.stderr.endswith("take it away with nats kv del email-recipients -- -x\n")
 
 
 @pytest.mark.parametrize("email_id", ["*", ">", "a.b", "x" * 65, "no-such-mail"])

@@ -27,7 +27,8 @@ from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.ops.presence import read_presence
-from relay.tracking.log import Fact, Log
+from relay.tracking.facts import Fact
+from relay.tracking.log import Log
 from relay.tracking.repair import Repair
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import Tracker

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.tracking.erasure import erasable, erased, without_personal_data
-from relay.tracking.log import facts_of
+from relay.tracking.facts import facts_of
 from relay.tracking.record import last_event_at
 from tests.support.groups import record_of
 from tests.support.lfx import OPTIONAL, check_record, written_record

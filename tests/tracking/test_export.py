@@ -10,16 +10,17 @@ from collections.abc import Callable
 import gevent
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.errors import BusUnavailable
+from relay.errors import BusRefused, BusUnavailable
 from relay.tracking import export as export_module
 from relay.tracking.export import COLUMNS, FORMATS, csv_cell, csv_line, json_line, rows
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.log import fact_publication
 from relay.tracking.pages import GroupReader, Place, decode_cursor, encode_cursor
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.support.groups import SENT_AT, make_index_bucket, put_array, put_records, record_of, send_mails, store
@@ -27,6 +28,8 @@ from tests.support.lfx import written, written_record
 from tests.support.nats_server import NatsServer
 
 JSONL = FORMATS["jsonl"]
+
+NewBus = Callable[[str], Bus]
 
 
 @pytest.fixture
@@ -56,7 +59,8 @@ def test_from_any_piece_on(jetstream: JetStream, reader: GroupReader) -> None:
     for each in rows(reader, group_id, JSONL):
         done += each.written
         if each.next_place is not None:
-            place = decode_cursor(group_id, encode_cursor(group_id, each.next_place))
+            made_at = reader.look(group_id).log_made_at
+            place = decode_cursor(group_id, encode_cursor(group_id, each.next_place, made_at), made_at)
             assert exported(reader, group_id, place) == email_ids[done:]
     assert done == 450
 
@@ -136,6 +140,22 @@ def test_it_outlasts_a_restart_and_gives_up_in_time(
         list(reading)
 
 
+def test_a_log_that_is_made_anew_on_the_way(new_nats_server: Callable[..., NatsServer], new_bus: NewBus) -> None:
+    # Given an export on its way
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    email_ids = send_mails(jetstream, "spring", 250)
+    reading = rows(GroupReader(jetstream), "spring", JSONL)
+    next(reading)
+    # When the log is lost and made again, as far as there is a repair for it
+    jetstream.api(f"STREAM.DELETE.{contract.LOG_STREAM}")
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    store(jetstream, [fact_publication("spring", Fact.SENT, email_id, SENT_AT) for email_id in reversed(email_ids)])
+    # Then it is not said to be complete
+    with pytest.raises(BusRefused, match="the log was made anew"):
+        list(reading)
+
+
 # -- CSV --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("value", "cell"),
@@ -151,7 +171,22 @@ def test_it_outlasts_a_restart_and_gives_up_in_time(
         ("\uff1d1+1", "'\uff1d1+1"),
         ("\u00a0=1", "'\u00a0=1"),
         ("two\r\nlines", "two\ufffd\ufffdlines"),
-        ("a;=1+1", "a;=1+1"),
+        ("a;=1+1", "a;'=1+1"),
+        ("a; \u200b=1;b;-2", "a;' \u200b=1;b;'-2"),
+        ('a;""=1', 'a;\'""=1'),
+        ("a|@b", "a|'@b"),
+        ('"=1', "'\"=1"),
+        ("\ufeff=1", "'\ufeff=1"),
+        ("\u200b\u2060\u00ad=1", "'\u200b\u2060\u00ad=1"),
+        ("\u3000\u3164\u2800+1", "'\u3000\u3164\u2800+1"),
+        ("\ufe66\ufe62", "'\ufe66\ufe62"),
+        ("\u22121", "'\u22121"),
+        ("\u207a1", "'\u207a1"),
+        ("\x00\x00=1", "'\ufffd\ufffd=1"),
+        ("Sale, -50 % (a=b); c", "Sale, -50 % (a=b); c"),
+        (";", ";"),
+        ("(-1)", "(-1)"),
+        ("2025-01-15T10:30:00Z", "2025-01-15T10:30:00Z"),
         ("Grüße, «Zoë» 🚀", "Grüße, «Zoë» 🚀"),
         (None, ""),
         (True, "true"),
@@ -165,15 +200,21 @@ def test_cells(value: object, cell: str) -> None:
     assert csv_cell(value) == cell
 
 
-@given(st.text(max_size=40))
-def test_no_cell_is_a_formula_and_every_record_is_one_line(text: str) -> None:
-    line = csv_line({"email_id": "id", "subject": text, "to": f'"{text}'}).decode()
+UNSEEN = '\ufeff\u200b\u00a0\u3164 \t\r\n\0"'
+HOSTILE = st.lists(st.sampled_from([*"=+-@;|", *UNSEEN, ",", "'", "a", "1", "\uff1d"]) | st.characters()).map("".join)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|"])
+@given(text=HOSTILE, more=HOSTILE)
+@example(text="x;=1", more="x|=1")
+def test_no_cell_is_a_formula_and_every_record_is_one_line(separator: str, text: str, more: str) -> None:
+    line = csv_line({"email_id": "id", "group_id": more, "subject": text, "to": f'"{text}', "outcome": text}).decode()
     assert line.count("\n") == 1
     assert len(line.splitlines()) == 1
-    (cells,) = csv.reader(io.StringIO(line), strict=True)
-    assert len(cells) == len(COLUMNS)
+    (cells,) = csv.reader(io.StringIO(line), delimiter=separator, strict=separator == ",")
+    assert separator != "," or len(cells) == len(COLUMNS)
     for cell in cells:
-        assert not cell.lstrip().startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20"))
+        assert not cell.lstrip(UNSEEN).startswith(("=", "+", "-", "@", "\uff1d", "\uff0b", "\u2212")), cells
 
 
 def test_the_header_names_the_columns() -> None:

@@ -8,15 +8,14 @@ from collections.abc import Callable
 
 import gevent
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from relay import contract
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
-from relay.tracking.feed import LoggedFact, facts, group_of, logged_fact, sequence_at, subject_filter
-from relay.tracking.groups import SHARED_TOKEN, group_token
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.feed import LoggedFact, facts, logged_fact, sequence_at, subject_filter
+from relay.tracking.groups import SHARED_TOKEN
+from relay.tracking.log import fact_publication
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.support.groups import SENT_AT, store
 from tests.support.nats_server import NatsServer
@@ -28,17 +27,6 @@ def own(new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus
     jetstream = JetStream(new_bus(new_nats_server().url))
     assert ensure_storage(jetstream, StorageConfig()) == ""
     return jetstream
-
-
-@given(st.text(max_size=200))
-def test_a_token_tells_its_group_or_nothing(group_id: str) -> None:
-    token = group_token(group_id)
-    assert group_of(token) in ({None} if token.startswith("==") else {group_id})
-
-
-@pytest.mark.parametrize("token", [SHARED_TOKEN, "a b", "=YQ", "=!", "=", "==abc", "=/w", "a.b", "=YQ==="])
-def test_what_is_no_groups_token(token: str) -> None:
-    assert group_of(token) is None or group_token(str(group_of(token))) == token
 
 
 def test_facts_of_mails_without_a_group() -> None:

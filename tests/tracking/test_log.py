@@ -10,8 +10,9 @@ import pytest
 from relay import contract
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream, Stored
+from relay.tracking.facts import Fact, facts_of
 from relay.tracking.groups import group_token
-from relay.tracking.log import Fact, Log, fact_publication, facts_of
+from relay.tracking.log import Log, fact_publication
 from relay.tracking.storage import NO_JETSTREAM, StorageConfig, ensure_storage
 from tests.support.nats_server import NatsServer
 from tests.support.scripted_jetstream import LaggingStream, Message

@@ -17,7 +17,8 @@ from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusUnavailable
 from relay.tracking import pages
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.log import fact_publication
 from relay.tracking.pages import (
     GIVE_WAY_SECONDS,
     LARGE_WAITING,

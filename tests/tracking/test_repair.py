@@ -18,13 +18,13 @@ from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused
-from relay.tracking.feed import LoggedFact
+from relay.tracking.facts import Fact, facts_of
 from relay.tracking.groups import SHARED_TOKEN, group_token
-from relay.tracking.log import Fact, Log, fact_publication, facts_of
-from relay.tracking.repair import Repair, Report, compare
+from relay.tracking.log import Log, fact_publication
+from relay.tracking.repair import Repair, Report
 from relay.tracking.storage import StorageConfig, ensure_storage
 from relay.tracking.tracker import Tracker
-from tests.support.groups import SENT_AT, put_records, record_of, send_mails, store
+from tests.support.groups import put_records, record_of, send_mails, store
 from tests.support.lfx import written_record
 from tests.support.nats_server import NatsServer
 
@@ -58,127 +58,14 @@ def mended(jetstream: JetStream, group_id: str | None, **options: Any) -> Report
     return report
 
 
-# -- one mail ---------------------------------------------------------------------------------------------------------
-def fact(kind: str, event_id: str = "", sequence: int = 0) -> LoggedFact:
-    """A fact of the mail ``m``."""
-    return LoggedFact(sequence, "g", kind, "m", AT, event_id)
-
-
 def opens(*event_ids: str) -> list[dict[str, str]]:
     """A record's list of opens."""
     return [{"event_id": event_id, "opened_at": f"2025-01-15T12:00:0{n}Z"} for n, event_id in enumerate(event_ids)]
 
 
-SENT = fact("sent", sequence=1)
 SPOKEN_OF = {Fact.SENT, Fact.DELIVERED, Fact.OPENED, Fact.OPEN, Fact.FAILED}
 """What every record says yes or no to, or how many."""
 CLICKS = {Fact.CLICK, Fact.CLICKED}
-
-
-CASES: list[tuple[str, dict[str, Any], list[LoggedFact], list[str], list[int]]] = [
-    ("all is well", {}, [SENT], [], []),
-    ("sent is missing", {}, [], ["sent"], []),
-    ("sent twice", {}, [SENT, fact("sent", sequence=2)], [], [2]),
-    ("in doubt", {"outcome": "in_doubt"}, [], [], []),
-    ("in doubt and logged", {"outcome": "in_doubt"}, [SENT], [], []),
-    ("in doubt and logged twice", {"outcome": "in_doubt"}, [SENT, fact("sent", sequence=2)], [], [2]),
-    ("failed after all", {"outcome": "failed"}, [SENT], [], [1]),
-    ("an outcome of a later version", {"outcome": "parked"}, [SENT], [], []),
-    ("delivered is missing", {"delivered": True}, [SENT], ["delivered"], []),
-    ("delivered never was", {}, [SENT, fact("delivered", sequence=2)], [], [2]),
-    (
-        "an open is missing",
-        {"opened": True, "open_count": 2, "opened_at_list": opens("a", "b")},
-        [SENT, fact("opened", sequence=2), fact("open", "a", 3)],
-        ["open/b"],
-        [],
-    ),
-    (
-        "an open twice",
-        {"opened": True, "open_count": 1, "opened_at_list": opens("a")},
-        [SENT, fact("opened", sequence=2), fact("open", "a", 3), fact("open", "a", 4)],
-        [],
-        [4],
-    ),
-    (
-        "an open that is not in the list",
-        {"opened": True, "open_count": 1, "opened_at_list": opens("a")},
-        [SENT, fact("opened", sequence=2), fact("open", "x", 3), fact("open", "a", 4)],
-        [],
-        [3],
-    ),
-    (
-        "opens that the list forgot, all there",
-        {"opened": True, "open_count": 3, "opened_at_list": opens("c")},
-        [SENT, fact("opened", sequence=2), fact("open", "a", 3), fact("open", "b", 4), fact("open", "c", 5)],
-        [],
-        [],
-    ),
-    (
-        "opens that the list forgot, none there",
-        {"opened": True, "open_count": 3, "opened_at_list": opens("c")},
-        [SENT, fact("opened", sequence=2)],
-        ["open/c", "open/unlisted-1", "open/unlisted-2"],
-        [],
-    ),
-    (
-        "an id of our own is taken",
-        {"opened": True, "open_count": 2},
-        [SENT, fact("opened", sequence=2), fact("open", "unlisted-1", 3)],
-        ["open/unlisted-2"],
-        [],
-    ),
-    (
-        "clicks",
-        {"click_count": 2},
-        [SENT, fact("click", "a", 2), fact("click", "b", 3), fact("click", "c", 4)],
-        ["clicked"],
-        [4],
-    ),
-    ("bounced", {"failed": True, "bounced_at": AT}, [SENT], ["failed", "bounced"], []),
-    ("more opens than there can be", {"opened": True, "open_count": 2**40}, [SENT], ["opened"], []),
-    ("a kind that is none", {}, [SENT, fact("strange", sequence=2)], [], []),
-    ("a list that is none", {"open_count": 1, "opened_at_list": 7}, [SENT], ["opened", "open/unlisted-1"], []),
-    (
-        "an event id that is none",
-        {"open_count": 1, "opened_at_list": opens("a\n")},
-        [SENT],
-        ["opened", "open/unlisted-1"],
-        [],
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("_name", "changed", "logged", "missing", "surplus"), CASES, ids=[case[0] for case in CASES])
-def test_one_mail(
-    _name: str, changed: dict[str, Any], logged: list[LoggedFact], missing: list[str], surplus: list[int]
-) -> None:
-    record = orjson.loads(record_of("m", "g")) | changed
-    difference = compare(record, logged)
-    found = [each.fact.value + (f"/{each.event_id}" if each.event_id else "") for each in difference.missing]
-    assert sorted(found) == sorted(missing)
-    assert sorted(each.sequence for each in difference.surplus) == surplus
-    assert all(each.at for each in difference.missing)
-
-
-def test_facts_get_the_times_of_their_events() -> None:
-    record = orjson.loads(record_of("m", "g")) | {
-        "delivered": True,
-        "delivered_at": AT,
-        "open_count": 2,
-        "opened_at_list": opens("a", "b"),
-        "last_opened_at": "2025-01-15T12:00:01Z",
-        "failed": True,
-    }
-    at = {(each.fact, each.event_id): each.at for each in compare(record, []).missing}
-    assert at == {
-        (Fact.SENT, ""): SENT_AT,
-        (Fact.DELIVERED, ""): AT,
-        (Fact.OPENED, ""): "2025-01-15T12:00:00Z",
-        (Fact.OPEN, "a"): "2025-01-15T12:00:00Z",
-        (Fact.OPEN, "b"): "2025-01-15T12:00:01Z",
-        (Fact.FAILED, ""): SENT_AT,
-    }
 
 
 # -- a group ----------------------------------------------------------------------------------------------------------
@@ -270,12 +157,97 @@ def test_what_the_log_takes_for_repeated_is_not_said_to_be_appended(own: JetStre
 
 
 def test_a_log_that_forbids_deletion(own: JetStream) -> None:
+    # Given a log that forbids it, and mails that lack a fact each, behind some that have one too many
     config = dict(own.stream_info(contract.LOG_STREAM).config) | {"deny_delete": True}
     own.api(f"STREAM.UPDATE.{contract.LOG_STREAM}", config)
-    (email_id,) = send_mails(own, "spring", 1)
-    store(own, [fact_publication("spring", Fact.FAILED, email_id, AT)])
-    with pytest.raises(BusRefused):
-        Repair(own, "spring", min_age_seconds=0).mend()
+    too_many = send_mails(own, "spring", 3)
+    store(own, [fact_publication("spring", Fact.FAILED, email_id, AT) for email_id in too_many])
+    put_records(own, {f"lacks-{n}": record_of(f"lacks-{n}", "spring") for n in range(3)})
+    # When it is mended
+    report = Repair(own, "spring", min_age_seconds=0).mend()
+    # Then what is missing is there, and it says what is still too much, and why
+    assert Log(own).counts("spring") == {"sent": 6, "failed": 3}
+    assert (report.missing, report.surplus, report.undeleted) == (Counter(sent=3), Counter(), Counter(failed=3))
+    assert report.why_undeleted == "JetStream: message delete not permitted"
+    assert not report.is_well
+
+
+def test_what_was_done_before_it_stopped_is_known(own: JetStream) -> None:
+    # Given a log that is full after two more facts
+    config = dict(own.stream_info(contract.LOG_STREAM).config) | {"max_msgs": 2, "discard": "new"}
+    own.api(f"STREAM.UPDATE.{contract.LOG_STREAM}", config)
+    put_records(own, {f"id-{n}": record_of(f"id-{n}", "spring") for n in range(5)})
+    # When it is mended as far as that goes
+    work = Repair(own, "spring", min_age_seconds=0)
+    with pytest.raises(BusRefused, match="maximum messages exceeded"):
+        work.mend()
+    assert work.report.missing == Log(own).counts("spring") == Counter(sent=2)
+
+
+def test_what_is_logged_on_the_way_is_not_appended_again(own: JetStream) -> None:
+    # Given mails that lack facts, in more parts than one
+    email_ids = send_mails(own, "spring", 40)
+    delivered = orjson.loads(record_of("x", "spring")) | {"delivered": True, "delivered_at": AT}
+    put_records(own, {email_id: orjson.dumps(delivered | {"email_id": email_id}) for email_id in email_ids})
+    late = [fact_publication("spring", Fact.DELIVERED, email_id, AT)._replace(headers={}) for email_id in email_ids]
+    seen = 0
+
+    def log_them(count: int) -> None:
+        """When log and records have been read, the worker logs what it owed, beyond the duplicate window."""
+        nonlocal seen
+        seen += count
+        if late and seen == 80:
+            store(own, late)
+            late.clear()
+
+    # When they are logged at last while the group is being mended
+    report = Repair(own, "spring", min_age_seconds=0, facts_at_once=15).mend(log_them)
+    # Then nothing is appended
+    assert not late
+    assert report.is_well
+    assert Log(own).counts("spring") == {"sent": 40, "delivered": 40}
+
+
+@pytest.mark.parametrize("facts_at_once", [1000, 7])
+def test_everything_is_read_once_however_many_parts_there_are(own: JetStream, facts_at_once: int) -> None:
+    for number in range(5):
+        send_mails(own, f"group-{number}", 10)
+    for group_id, facts in ((None, 50), ("group-3", 10)):
+        work = Repair(own, group_id, min_age_seconds=0, facts_at_once=facts_at_once)
+        read: list[int] = []
+        report = work.look(read.append)
+        assert (report.is_well, report.records, report.facts) == (True, facts, facts)
+        assert sum(read) == work.total == facts + 50
+
+
+def test_an_id_that_is_a_mails_and_a_groups(own: JetStream) -> None:
+    # Given a mail that was sent without a group, and others whose caller took its id for their group
+    (other,) = send_mails(own, "solo", 1)
+    put_records(own, {"solo": record_of("solo", "solo")})
+    store(own, [fact_publication(SHARED_TOKEN, Fact.SENT, "solo", AT)])
+    store(own, [fact_publication(SHARED_TOKEN, Fact.SENT, "nobody-elses", AT)])
+    # Then both are meant, and both are well
+    work = Repair(own, "solo", min_age_seconds=0)
+    assert (work.has_mail_without_group, work.is_alone) == (True, False)
+    report = work.mend()
+    assert (report.is_well, report.records, report.facts, report.ownerless) == (True, 2, 2, 0)
+    assert Log(own).counts(SHARED_TOKEN) == {"sent": 2}
+    # And what is wrong with either is mended under its own token
+    store(own, [fact_publication(SHARED_TOKEN, Fact.FAILED, "solo", AT)])
+    store(own, [fact_publication("solo", Fact.FAILED, other, AT)])
+    assert mended(own, "solo").surplus == Counter(failed=2)
+    assert Log(own).counts(SHARED_TOKEN) == {"sent": 2}
+    assert Log(own).counts("solo") == {"sent": 1}
+
+
+def test_an_id_that_is_a_mails_alone(own: JetStream) -> None:
+    send_mails(own, "spring", 3)
+    put_records(own, {"solo": record_of("solo", "solo")})
+    work = Repair(own, "solo", min_age_seconds=0)
+    assert (work.has_mail_without_group, work.is_alone) == (True, True)
+    report = work.mend()
+    assert (report.missing, report.records) == (Counter(sent=1), 1)
+    assert Log(own).counts(SHARED_TOKEN) == {"sent": 1}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

@@ -1,0 +1,1 @@
+"""What the docs show, tried as it stands there."""

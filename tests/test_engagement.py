@@ -1,0 +1,334 @@
+"""The job, against a real nats-server: events into records and facts, each once, whatever happens in between."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import gevent
+import orjson
+import pytest
+
+from relay import contract
+from relay.bus.client import Bus
+from relay.bus.jetstream import JetStream
+from relay.bus.kv import Bucket
+from relay.engagement import DONE, Engagement, EngagementConfig, Notification, Verdict
+from relay.errors import BusUnavailable
+from relay.tracking.facts import Fact
+from relay.tracking.groups import group_token
+from relay.tracking.log import Log
+from relay.tracking.parked import Parked, Parking
+from relay.tracking.storage import StorageConfig, ensure_storage
+from tests.support.groups import put_records, record_of, send_mails
+from tests.support.nats_proxy import Action, NatsProxy
+from tests.support.nats_server import NatsServer
+from tests.support.ses_events import OBJECTS, enveloped, notification, ses_event
+
+TIMEOUT_SECONDS = 5.0
+EARLY_SECONDS = 60.0
+LONG_AGO = 1_736_937_000.0
+"""2025-01-15T10:30:00Z."""
+WINDOW_SECONDS = 2
+
+
+@pytest.fixture
+def group_id() -> str:
+    """A group of the test's own."""
+    return f"group-{uuid.uuid4()}"
+
+
+@pytest.fixture
+def engagement(jetstream: JetStream) -> Engagement:
+    """Ready to handle, on the shared server."""
+    return made_ready(jetstream)
+
+
+def made_ready(jetstream: JetStream) -> Engagement:
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    made = Engagement(jetstream, EngagementConfig(EARLY_SECONDS))
+    made.prepare()
+    return made
+
+
+def note(kind: str, email_id: str, group_id: str, notification_id: str = "", **told: Any) -> Notification:
+    """An event of a mail, enveloped."""
+    received_count = told.pop("received_count", 1)
+    queued_at = told.pop("queued_at", 0.0)
+    body = enveloped(ses_event(kind, email_id, group_id=group_id, **told), notification_id or str(uuid.uuid4()))
+    return notification(body, received_count, queued_at)
+
+
+def handle(engagement: Engagement, *notifications: Notification) -> list[Verdict]:
+    return engagement.handle(notifications, TIMEOUT_SECONDS)
+
+
+def record(jetstream: JetStream, email_id: str) -> dict[str, Any]:
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get_from_leader(email_id)
+    assert entry is not None
+    return dict(orjson.loads(entry.value))
+
+
+def counts(jetstream: JetStream, group_id: str) -> dict[str, int]:
+    """What the log holds of the group."""
+    return Log(jetstream).counts(group_token(group_id))
+
+
+def parked_now(jetstream: JetStream) -> list[Parked]:
+    return [each for page in Parking(jetstream).pages() for each in page]
+
+
+# -- what an event becomes --------------------------------------------------------------------------------------------
+def test_every_kind_of_event_is_folded_and_stated(jetstream: JetStream, engagement: Engagement, group_id: str) -> None:
+    (email_id,) = send_mails(jetstream, group_id, 1)
+    batch = [note(kind, email_id, group_id, at=LONG_AGO) for kind in OBJECTS]
+    assert handle(engagement, *batch) == [DONE] * len(batch)
+    assert counts(jetstream, group_id) == dict.fromkeys((fact.value for fact in Fact), 1)
+    found = record(jetstream, email_id)
+    assert (found["open_count"], found["click_count"], found["delivered"], found["failed"]) == (1, 1, True, True)
+    assert found["remote_id"] == f"ses-{email_id}"
+    assert found["bounce"]["diagnostic"] == "smtp; 550 5.1.1 unknown"
+    assert engagement.counts["folded"] == len(batch)
+
+
+def test_a_raw_notification_that_comes_twice_counts_once(
+    jetstream: JetStream, engagement: Engagement, group_id: str
+) -> None:
+    (email_id,) = send_mails(jetstream, group_id, 1)
+    body = orjson.dumps(ses_event("Open", email_id, group_id=group_id, at=LONG_AGO, sent_at=LONG_AGO)).decode()
+    assert handle(engagement, notification(body), notification(body)) == [DONE, DONE]
+    assert engagement.counts["folded"] == 2
+    before = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get_from_leader(email_id)
+    assert handle(engagement, notification(body)) == [DONE]
+    assert Bucket(jetstream, contract.RECIPIENTS_BUCKET).get_from_leader(email_id) == before
+    assert engagement.counts["repeated"] == 1
+    assert counts(jetstream, group_id) == {"sent": 1, "open": 1, "opened": 1}
+
+
+def test_events_of_a_mail_without_a_group_are_logged_together(jetstream: JetStream, engagement: Engagement) -> None:
+    email_id = str(uuid.uuid4())
+    before = Log(jetstream).counts("-").get("delivered", 0)
+    send_mails(jetstream, email_id, 0)
+    assert handle(engagement, note("Delivery", email_id, email_id, sent_at=LONG_AGO, queued_at=LONG_AGO)) == [DONE]
+    assert Log(jetstream).counts("-")["delivered"] == before + 1
+
+
+def test_what_is_no_event_of_ours_is_deleted_and_what_nobody_can_read_is_parked(
+    jetstream: JetStream, engagement: Engagement
+) -> None:
+    foreign = ses_event("Open", "x" * 65, group_id="g")
+    bodies = [
+        "Successfully validated SNS topic for Amazon SES event publishing.",
+        orjson.dumps(foreign).decode(),
+        orjson.dumps({**ses_event("Open", "e"), "eventType": "Levitation"}).decode(),
+        "{ this is no JSON",
+        "[]",
+    ]
+    before = len(parked_now(jetstream))
+    assert handle(engagement, *map(notification, bodies)) == [DONE] * len(bodies)
+    parked = parked_now(jetstream)[before:]
+    assert [each.body for each in parked] == bodies[3:]
+    assert all(each.reason for each in parked)
+    assert engagement.counts["dropped: validation"] == 1
+    assert engagement.counts["dropped: foreign"] == 1
+    assert engagement.counts["dropped: unknown type"] == 1
+    assert engagement.counts["parked"] == 2
+
+
+def test_a_mail_whose_record_is_broken_is_parked(jetstream: JetStream, engagement: Engagement, group_id: str) -> None:
+    email_id = str(uuid.uuid4())
+    put_records(jetstream, {email_id: b"{"})
+    assert handle(engagement, note("Open", email_id, group_id)) == [DONE]
+    assert engagement.counts["parked"] == 1
+
+
+def test_a_mail_in_doubt_is_proved_to_be_sent(jetstream: JetStream, engagement: Engagement, group_id: str) -> None:
+    email_id = str(uuid.uuid4())
+    doubted = orjson.loads(record_of(email_id, group_id)) | {"outcome": "in_doubt"}
+    put_records(jetstream, {email_id: orjson.dumps(doubted)})
+    assert handle(engagement, note("Delivery", email_id, group_id)) == [DONE]
+    assert "outcome" not in record(jetstream, email_id)
+    assert counts(jetstream, group_id) == {"sent": 1, "delivered": 1}
+
+
+# -- a record that is not there ---------------------------------------------------------------------------------------
+def test_an_event_that_beats_its_record_waits_for_it(
+    jetstream: JetStream, engagement: Engagement, group_id: str
+) -> None:
+    email_id = str(uuid.uuid4())
+    (verdict,) = handle(engagement, note("Delivery", email_id, group_id, received_count=3))
+    assert (verdict.is_done, verdict.retry_seconds) == (False, 8)
+    assert engagement.counts["early"] == 1
+    assert counts(jetstream, group_id) == {}
+
+
+def test_a_record_that_does_not_come_is_made_from_the_event(
+    jetstream: JetStream, engagement: Engagement, group_id: str
+) -> None:
+    email_id = str(uuid.uuid4())
+    old = {"sent_at": LONG_AGO, "queued_at": time.time() - EARLY_SECONDS - 1}
+    assert handle(engagement, note("Delivery", email_id, group_id, **old)) == [DONE]
+    found = record(jetstream, email_id)
+    assert (found["group_id"], found["to"], found["subject"]) == (group_id, "user@example.com", "Hello")
+    assert (found["delivered"], found["sent_at"]) == (True, "2025-01-15T10:30:00.000Z")
+    assert counts(jetstream, group_id) == {"sent": 1, "delivered": 1}
+    assert engagement.counts["rebuilt"] == 1
+
+
+@pytest.mark.parametrize("has_header", [True, False])
+def test_a_mail_that_cannot_be_known_any_more_is_dropped(
+    jetstream: JetStream, engagement: Engagement, group_id: str, has_header: bool
+) -> None:
+    email_id = str(uuid.uuid4())
+    if has_header:  # its record was deleted on purpose, and does not come back
+        put_records(jetstream, {email_id: record_of(email_id, group_id)})
+        Bucket(jetstream, contract.RECIPIENTS_BUCKET).delete(email_id)
+    late = note("Open", email_id, group_id, sent_at=LONG_AGO, has_header=has_header)
+    assert handle(engagement, late) == [DONE]
+    assert engagement.counts["unknown"] == 1
+    assert Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id) is None
+    assert counts(jetstream, group_id) == {}
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+def test_a_bucket_of_lfx_takes_any_number_of_opens(new_nats_server: Callable[..., NatsServer], new_bus: Any) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    name = f"KV_{contract.RECIPIENTS_BUCKET}"
+    config = {"name": name, "subjects": [f"$KV.{contract.RECIPIENTS_BUCKET}.>"], "max_msgs_per_subject": 1}
+    jetstream.api(f"STREAM.CREATE.{name}", config | {"max_msg_size": 65_536, "discard": "new"})
+    engagement = made_ready(jetstream)
+    (email_id,) = send_mails(jetstream, "spring", 1)
+    for start in range(0, 1000, 100):
+        batch = [note("Open", email_id, "spring", f"{start + number:036}") for number in range(100)]
+        assert handle(engagement, *batch) == [DONE] * 100
+    found = record(jetstream, email_id)
+    assert found["open_count"] == 1000
+    assert 200 < len(found["opened_at_list"]) < 600
+    assert counts(jetstream, "spring") == {"sent": 1, "open": 1000, "opened": 1}
+
+
+def test_a_record_that_its_bucket_refuses_is_parked_and_costs_nobody_else(
+    new_nats_server: Callable[..., NatsServer], new_bus: Any
+) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    engagement = made_ready(jetstream)
+    large, small = send_mails(jetstream, "spring", 2)
+    bulky = record(jetstream, large) | {"other": "x" * 5000}
+    put_records(jetstream, {large: orjson.dumps(bulky)})
+    name = f"KV_{contract.RECIPIENTS_BUCKET}"
+    config = dict(jetstream.stream_info(name).config)
+    jetstream.api(f"STREAM.UPDATE.{name}", config | {"max_msg_size": 4096})
+    engagement.prepare()
+    assert handle(engagement, note("Open", large, "spring"), note("Open", small, "spring")) == [DONE, DONE]
+    assert len(parked_now(jetstream)) == 1
+    assert counts(jetstream, "spring") == {"sent": 2, "open": 1, "opened": 1}
+
+
+def test_two_at_work_on_one_mail_lose_nothing(jetstream: JetStream, engagement: Engagement, group_id: str) -> None:
+    """Both read the record before either writes: one of them meets a conflict, and folds anew."""
+    other = made_ready(jetstream)
+    (email_id,) = send_mails(jetstream, group_id, 1)
+    at_work = [
+        gevent.spawn(handle, each, *[note("Open", email_id, group_id) for _ in range(10)])
+        for each in (engagement, other) * 5
+    ]
+    gevent.joinall(at_work, timeout=20, raise_error=True)
+    undone = sum(not verdict.is_done for each in at_work for verdict in each.value)
+    assert record(jetstream, email_id)["open_count"] == 100 - undone
+    assert counts(jetstream, group_id) == {"sent": 1, "open": 100 - undone, "opened": 1}
+    assert undone <= 20
+
+
+# -- crashes ----------------------------------------------------------------------------------------------------------
+class Scene(NamedTuple):
+    """A server whose log forgets after two seconds, reached through a proxy."""
+
+    proxy: NatsProxy
+    jetstream: JetStream
+
+    def worker(self) -> Engagement:
+        """A new process's: nothing is remembered."""
+        return made_ready(self.jetstream)
+
+
+@pytest.fixture
+def scene(new_nats_server: Callable[..., NatsServer], new_bus: Callable[[str], Bus]) -> Iterator[Scene]:
+    """With storage."""
+    proxy = NatsProxy(new_nats_server().port)
+    jetstream = JetStream(new_bus(proxy.url), TIMEOUT_SECONDS)
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    config = dict(jetstream.stream_info(contract.LOG_STREAM).config)
+    jetstream.api(f"STREAM.UPDATE.{contract.LOG_STREAM}", config | {"duplicate_window": WINDOW_SECONDS * 10**9})
+    yield Scene(proxy, jetstream)
+    proxy.stop()
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        gevent.sleep(0.01)
+
+
+def is_reachable(jetstream: JetStream) -> bool:
+    try:
+        jetstream.stream_info(contract.LOG_STREAM, 1.0)
+    except BusUnavailable:
+        return False
+    return True
+
+
+ACCIDENTS = [(step, action) for step in (1, 2, 3) for action in (Action.CUT_BEFORE, Action.CUT_AFTER, Action.DROP)]
+"""What a click publishes is its record and two facts: the worker dies before, after or between, or waits in vain."""
+
+
+@pytest.mark.parametrize("later_seconds", [0.0, 5.0], ids=["at once", "5 s later"])
+def test_a_crash_between_any_two_steps_counts_once(scene: Scene, later_seconds: float) -> None:
+    """The notification comes again, at once or when the log has forgotten, and after as long a second copy of it."""
+    events = {}
+    for step, action in ACCIDENTS:
+        group_id = f"step-{step}-{action.name}"
+        (email_id,) = send_mails(scene.jetstream, group_id, 1)
+        events[group_id] = note("Click", email_id, group_id, at=LONG_AGO)
+        worker = scene.worker()
+        scene.proxy.begin(step, action)
+        with pytest.raises(BusUnavailable):
+            worker.handle([events[group_id]], 1.0)
+        wait_for(lambda: scene.proxy.is_reached)
+        scene.proxy.begin(0, action)
+        scene.proxy.accept_again()
+        wait_for(lambda: is_reachable(scene.jetstream))
+    again = scene.worker()
+    for copies in (1, 2):
+        gevent.sleep(later_seconds)
+        for event in events.values():
+            assert again.handle([event] * copies, TIMEOUT_SECONDS) == [DONE] * copies
+    for group_id in events:
+        assert counts(scene.jetstream, group_id) == {"sent": 1, "click": 1, "clicked": 1}, group_id
+
+
+def test_without_an_accident_redelivery_and_a_second_copy_count_once(scene: Scene) -> None:
+    (email_id,) = send_mails(scene.jetstream, "spring", 1)
+    events = [note(kind, email_id, "spring", f"n-{kind}", at=LONG_AGO) for kind in OBJECTS]
+    worker = scene.worker()
+    for _ in range(3):
+        assert worker.handle(events, TIMEOUT_SECONDS) == [DONE] * len(events)
+        gevent.sleep(5.0)
+    assert counts(scene.jetstream, "spring") == dict.fromkeys((fact.value for fact in Fact), 1)
+
+
+def test_a_worker_that_stood_still_between_record_and_facts_states_nothing(scene: Scene) -> None:
+    """Or it might state what the log has forgotten that another worker had stated meanwhile."""
+    (email_id,) = send_mails(scene.jetstream, "spring", 1)
+    event = note("Open", email_id, "spring", "n-1", at=LONG_AGO)
+    worker = scene.worker()
+    scene.proxy.begin(1, Action.HOLD)
+    (verdict,) = worker.handle([event], TIMEOUT_SECONDS)
+    assert scene.proxy.is_reached
+    assert (verdict.is_done, worker.counts["late"]) == (False, 1)
+    assert record(scene.jetstream, email_id)["open_count"] == 1
+    assert counts(scene.jetstream, "spring") == {"sent": 1}
+    assert worker.handle([event], TIMEOUT_SECONDS) == [DONE]
+    assert counts(scene.jetstream, "spring") == {"sent": 1, "open": 1, "opened": 1}
