@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := conf/constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo run test drills check format bench bench-smtp bench-tracking clean
+.PHONY: help setup demo run test drills check format bench bench-smtp bench-tracking bench-engagement clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -55,6 +55,9 @@ bench-smtp: $(STAMP)  ## Measure the SMTP layer alone, beside others and with a 
 
 bench-tracking: $(STAMP)  ## Measure tracking: a group of 100,000 beside one of 10, and what a mail costs nats-server
 	@$(BIN)/python scripts/bench/tracking.py $(ARGS)
+
+bench-engagement: $(STAMP)  ## Measure engagement events: CPU of each, and the rate beside boto3's bare receive and delete loop
+	@$(BIN)/python scripts/bench/engagement.py $(ARGS)
 
 clean:  ## Remove what was made, the virtual environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,22 +20,23 @@ import logging
 import math
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gevent
 
 from relay import contract
 from relay.bus.client import Publication, seconds_left
-from relay.bus.jetstream import TOO_LARGE_FOR_STREAM, JetStream
+from relay.bus.jetstream import ONE_MESSAGES_OWN, JetStream
 from relay.bus.kv import Bucket, Entry
+from relay.bus.stored import StreamInfo
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
 from relay.tracking import folding
+from relay.tracking.batch import DONE, Batch, MailEvents, Notification, Verdict, logged_id
 from relay.tracking.events import Broken, Dropped, Event, read_notification
-from relay.tracking.facts import COUNTED, Fact
-from relay.tracking.groups import mail_token
-from relay.tracking.log import Log, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.log import Log
 from relay.tracking.parked import ensure_parked_stream, parked_publication
 from relay.tracking.record import parse_record, parse_time, rfc3339
 from relay.tracking.storage import DUPLICATE_WINDOW_SECONDS, NANOSECONDS, StorageConfig
@@ -48,12 +49,17 @@ FIRST_PAUSE_SECONDS = 0.01
 CONFLICT_RETRY_SECONDS = 5
 REFUSED_RETRY_SECONDS = 60
 LONGEST_EARLY_PAUSE_SECONDS = 32
-CLOCK_SKEW_SECONDS = 60.0
-"""Between this machine's clock and the NATS server's, when a fact is looked up by its time."""
-LEAST_FRESH_SECONDS = 0.5
-"""Whatever the log remembers: a batch takes some time."""
-ONE_RECORDS_OWN = frozenset({413, TOO_LARGE_FOR_STREAM})
-"""Refusals that say nothing about the next record: this one is too large for the server or the bucket."""
+LOOKUP_RETRY_SECONDS = 60
+MOST_LOOKUPS = 10
+"""Receipts of a notification whose fact cannot be looked up in time; then it is taken for stated."""
+CLOCK_SKEW_SECONDS = 5.0
+"""What is left between clocks when each worker has set its own by the NATS server's."""
+SENT_SKEW_SECONDS = 60.0
+"""Between the NATS server's clock and Amazon's."""
+LOOK_SECONDS = 60.0
+"""Between two looks at what bucket and log allow, and at the server's clock."""
+LEAST_FRESH_SECONDS = 0.05
+"""Half of the shortest time that a log can remember."""
 ROOM_BYTES = 1024
 """In a message of the bucket, for its subject and header fields."""
 
@@ -66,28 +72,34 @@ class EngagementConfig(NamedTuple):
     storage: StorageConfig = StorageConfig()
 
 
-class Notification(NamedTuple):
-    """What stood in the queue."""
+class _Limits(NamedTuple):
+    """What bucket, log and server allow, as they were seen last."""
 
-    body: str
-    sqs_message_id: str
-    received_count: int
-    """How often it was received, this time included."""
-    sent_at: float
-    """When it came into the queue, epoch seconds."""
-
-
-class Verdict(NamedTuple):
-    """What becomes of a notification."""
-
-    is_done: bool
-    """It may be deleted; else it stays in the queue."""
-    retry_seconds: int = 0
-    """When it is to be seen again; 0: when its visibility timeout ends."""
-    why: str = ""
+    fresh_seconds: float = DUPLICATE_WINDOW_SECONDS / 2
+    """For so long after it was folded the facts of an event may be stated again: the log drops repeats."""
+    ahead_seconds: float = 0.0
+    """Of the server's clock before this machine's."""
+    max_record_bytes: int = folding.MAX_RECORD_BYTES
+    record_seconds: float = 0.0
+    """How long a record is kept; 0: for ever."""
+    fact_seconds: float = 0.0
 
 
-DONE = Verdict(True)
+class _Doubtful(NamedTuple):
+    """A fact that was stated, or was about to be, and whether it was only the log can say."""
+
+    mail: MailEvents
+    fact: Fact
+    event_id: str
+    """With which it is logged."""
+    since: float
+    """Between which moments it was stated, if it was; epoch seconds by the server's clock."""
+    until: float
+
+    @property
+    def key(self) -> tuple[str, Fact, str]:
+        """As a batch remembers what was found."""
+        return self.mail.email_id, self.fact, self.event_id
 
 
 class Engagement:
@@ -100,39 +112,53 @@ class Engagement:
         self._clock = clock
         self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         self._log = Log(jetstream)
-        self._fresh_seconds = DUPLICATE_WINDOW_SECONDS / 2
-        """For so long after it was folded the facts of an event may be stated again: the log drops repeats."""
-        self._max_record_bytes = folding.MAX_RECORD_BYTES
-        self._max_payload_bytes = 1024 * 1024
+        self._limits = _Limits()
+        self._look_again_at = 0.0
         self.counts: Counter[str] = Counter()
         """Events by kind, and what became of notifications."""
 
     def prepare(self) -> None:
         """Reads what bucket and log allow, and makes the stream of parked notifications when it is missing.
 
-        Before the first ``handle``. Raises ``BusUnavailable`` and ``BusRefused``.
+        Before the first ``handle``. Raises ``BusUnavailable``, and ``BusRefused`` when there is no bucket or no log.
         """
+        try:
+            ensure_parked_stream(self._jetstream, self._config.storage)
+        except BusRefused as error:
+            name = contract.PARKED_STREAM
+            log.warning("the stream %s could not be made (%s); what cannot be read stays in the queue", name, error)
+        asked_at = self._clock()
         logged = self._jetstream.stream_info(contract.LOG_STREAM)
-        window_seconds = int(logged.config.get("duplicate_window") or 0) / NANOSECONDS
-        self._fresh_seconds = max(LEAST_FRESH_SECONDS, window_seconds / 2)
+        answered_at = self._clock()
         bucket = self._jetstream.stream_info(self._bucket.stream)
-        self._max_payload_bytes = self._jetstream.max_payload_bytes
-        limits = [folding.MAX_RECORD_BYTES, self._max_payload_bytes - ROOM_BYTES]
+        window_seconds = int(logged.config.get("duplicate_window") or 0) / NANOSECONDS
+        largest = [folding.MAX_RECORD_BYTES, self._jetstream.max_payload_bytes - ROOM_BYTES]
         if (most := int(bucket.config.get("max_msg_size") or -1)) > 0:
-            limits.append(most - ROOM_BYTES)
-        self._max_record_bytes = max(ROOM_BYTES, min(limits))
-        ensure_parked_stream(self._jetstream, self._config.storage)
+            largest.append(most - ROOM_BYTES)
+        server_at = parse_time(logged.asked_at)
+        ahead_seconds = server_at.timestamp() - (asked_at + answered_at) / 2 if server_at is not None else 0.0
+        self._limits = _Limits(
+            fresh_seconds=max(LEAST_FRESH_SECONDS, window_seconds / 2),
+            # An answer that took long says little; a small difference is none.
+            ahead_seconds=ahead_seconds if abs(ahead_seconds) > 1.0 + answered_at - asked_at else 0.0,
+            max_record_bytes=max(ROOM_BYTES, min(largest)),
+            record_seconds=_seconds_kept(bucket),
+            fact_seconds=_seconds_kept(logged),
+        )
+        self._look_again_at = time.monotonic() + LOOK_SECONDS
 
     def handle(self, notifications: Sequence[Notification], timeout_seconds: float) -> list[Verdict]:
         """What becomes of each, in the same order. Done means: acknowledged by JetStream, or nothing to keep.
 
-        Blocks for ``timeout_seconds`` at most. Raises ``BusUnavailable`` when JetStream did not answer: then nothing
-        is done, and the same batch may be handled again.
+        Blocks for ``timeout_seconds`` at most. Raises ``BusUnavailable`` when JetStream did not answer, ``BusRefused``
+        when it refuses what it should take: then nothing is done, and the same batch may be handled again.
         """
         begun_at = time.monotonic()
         deadline = begun_at + timeout_seconds
-        now = self._clock()
-        batch = _Batch(notifications)
+        if begun_at >= self._look_again_at:
+            self.prepare()
+        now = self._clock() + self._limits.ahead_seconds
+        batch = Batch(notifications)
         for place, notification in enumerate(notifications):
             match read_notification(notification.body, now):
                 case Event() as event:
@@ -149,17 +175,19 @@ class Engagement:
 
     def park(self, notification: Notification, why: str) -> Verdict:
         """Keeps a notification that cannot be handled where an operator finds it. Raises ``BusUnavailable``."""
-        batch = _Batch([notification])
+        batch = Batch([notification])
         batch.to_park[0] = why
         self._state(batch, time.monotonic(), self._jetstream.deadline(None))
         self.counts.update(batch.counts)
         return batch.verdicts[0] or DONE
 
     # -- records ---------------------------------------------------------------------------
-    def _fold(self, batch: _Batch, now: float, deadline: float) -> None:
+    def _fold(self, batch: Batch, now: float, deadline: float) -> None:
         """Every mail's events into its record; what cannot be done now is settled, the rest is ready to be stated."""
         mails = list(batch.mails.values())
-        found = self._bucket.get_many([mail.email_id for mail in mails], seconds_left(deadline)) if mails else {}
+        if not mails:
+            return
+        found = self._bucket.get_many([mail.email_id for mail in mails], seconds_left(deadline))
         pause_seconds = FIRST_PAUSE_SECONDS
         for number in range(TRIES):
             if number:
@@ -168,16 +196,21 @@ class Engagement:
                 found = self._read_again(mails, deadline)
             changes = []
             for mail in mails:
-                change = self._fold_mail(batch, mail, found.get(mail.email_id), now, deadline)
+                mail.read(found.get(mail.email_id))
+                self._know(batch, mail, now, deadline)
+            self._look_up(batch, mails, now, deadline)
+            for mail in mails:
+                change = self._fold_mail(batch, mail, now)
                 if change is not None:
                     changes.append((mail, change))
             mails = self._write(batch, changes, deadline)
             if not mails:
                 return
         for mail in mails:
+            mail.facts.clear()
             batch.settle(mail.places, Verdict(False, CONFLICT_RETRY_SECONDS, "others were faster"), "conflict")
 
-    def _read_again(self, mails: Iterable[_Mail], deadline: float) -> dict[str, Entry]:
+    def _read_again(self, mails: Iterable[MailEvents], deadline: float) -> dict[str, Entry]:
         found = {}
         for mail in mails:
             entry = self._bucket.get_from_leader(mail.email_id, seconds_left(deadline))
@@ -185,70 +218,123 @@ class Engagement:
                 found[mail.email_id] = entry
         return found
 
-    def _fold_mail(
-        self, batch: _Batch, mail: _Mail, entry: Entry | None, now: float, deadline: float
-    ) -> Publication | None:
-        """What is to be written of a mail's record, None when nothing is. Its facts are made ready."""
-        mail.facts.clear()
+    def _know(self, batch: Batch, mail: MailEvents, now: float, deadline: float) -> None:
+        """``mail.before``: the record that its events are folded into, None where there is none to be had."""
         mail.is_rebuilt = False
-        before = self._made_again(batch, mail, now) if entry is None else parse_record(entry.value)
-        if before is None:
-            if entry is not None:
-                batch.park(mail.places, "the record of its mail is broken")
-            return None
-        folded_at = rfc3339(now)
-        record = before
-        for _, event in mail.events:
-            stated = set(folding.facts(before, event))
-            record = folding.fold(record, event, folded_at)
-            for fact in folding.facts(record, event):
-                if fact not in stated or self._is_fresh(before, fact, event, now):
-                    mail.state(record, fact, event)
-                elif self._is_lacking(mail.email_id, before, fact, event, deadline):
-                    record = folding.with_stated_at(record, event.event_id, fact, folded_at)
-                    mail.state(record, fact, event)
-        mail.is_changed = record != before
-        value = folding.stored_value(record, self._max_record_bytes)
-        if entry is None:
-            return self._bucket.creation(mail.email_id, value)
-        return self._bucket.replacement(mail.email_id, value, entry.revision) if value != entry.value else None
+        if mail.entry is None:
+            mail.before = self._made_again(batch, mail, now, deadline)
+            return
+        mail.before = parse_record(mail.entry.value)
+        if mail.before is None:
+            batch.park(mail.places, "the record of its mail is broken")
+        elif not mail.token:
+            batch.park(mail.places, "the record of its mail names no group")
+            mail.before = None
 
-    def _made_again(self, batch: _Batch, mail: _Mail, now: float) -> dict[str, Any] | None:
+    def _made_again(self, batch: Batch, mail: MailEvents, now: float, deadline: float) -> dict[str, Any] | None:
         """The record of a mail that has none: made from an event, unless the mail is so young that it may yet come."""
-        left_seconds = self._config.early_seconds - max(
-            batch.age_seconds(place, event, now) for place, event in mail.events
-        )
+        age_seconds = max(batch.age_seconds(place, event, now) for place, event in mail.events)
+        left_seconds = self._config.early_seconds - age_seconds
         if left_seconds > 0:
-            pause_seconds = min(
-                2 ** batch.received_count(mail.places), LONGEST_EARLY_PAUSE_SECONDS, math.ceil(left_seconds)
-            )
+            longest_seconds = min(LONGEST_EARLY_PAUSE_SECONDS, math.ceil(left_seconds))
+            pause_seconds = min(2 ** batch.received_count(mail.places), longest_seconds)
             batch.settle(mail.places, Verdict(False, pause_seconds, "its mail has no record yet"), "early")
             return None
         rebuilt = next(filter(None, (folding.rebuilt_record(event) for _, event in mail.events)), None)
-        if rebuilt is None or mail.is_refused:
-            # Another application's mail, or one whose record was deleted on purpose.
+        kept_seconds = self._limits.record_seconds
+        if (
+            rebuilt is None
+            or (kept_seconds and mail.age_seconds(now) >= kept_seconds)
+            or (mail.is_refused and self._bucket.is_deleted(mail.email_id, seconds_left(deadline)))
+        ):
+            # Another application's mail, or one whose record has expired, or was deleted on purpose.
             log.info("events of a mail that is not known are dropped", extra={"email_id": mail.email_id})
             batch.settle(mail.places, DONE, "unknown")
             return None
         mail.is_rebuilt = True
         return rebuilt
 
-    def _is_fresh(self, record: Mapping[str, Any], fact: Fact, event: Event, now: float) -> bool:
+    def _look_up(self, batch: Batch, mails: Iterable[MailEvents], now: float, deadline: float) -> None:
+        """What the log lacks of the facts that were stated before, or were about to be, longer ago than it remembers.
+
+        One walk for all mails of a group. Where it is too long the notifications come again, and in the end nothing is
+        stated: ``relayctl repair`` can tell, and to count one too few for a while is better than one too many for ever.
+        """
+        wanted: dict[tuple[str, Fact], list[_Doubtful]] = defaultdict(list)
+        for mail in mails:
+            for doubtful in self._doubtful(mail, now):
+                if doubtful.key not in batch.is_lacking:
+                    wanted[mail.token, doubtful.fact].append(doubtful)
+        for (token, fact), facts in wanted.items():
+            between = min(each.since for each in facts), max(each.until for each in facts)
+            logged_as = {(each.mail.email_id, each.event_id) for each in facts}
+            lacking = self._log.lacking(token, fact, logged_as, between, deadline)
+            for each in facts:
+                batch.is_lacking[each.key] = lacking is not None and (each.mail.email_id, each.event_id) in lacking
+                if lacking is None:
+                    self._put_off(batch, each)
+
+    def _put_off(self, batch: Batch, doubtful: _Doubtful) -> None:
+        mail = doubtful.mail
+        if batch.received_count(mail.places) < MOST_LOOKUPS:
+            batch.settle(mail.places, Verdict(False, LOOKUP_RETRY_SECONDS, "the log is too long to look"), "put off")
+            mail.before = None
+        else:
+            told = "the log may lack a fact (%s) of a mail, and is too long to look; relayctl repair can tell"
+            log.warning(told, doubtful.fact.value, extra={"email_id": mail.email_id})
+
+    def _doubtful(self, mail: MailEvents, now: float) -> Iterator[_Doubtful]:
+        """Facts that have to be looked up."""
+        if mail.before is None:
+            return
+        if mail.is_rebuilt:  # its record was lost, its fact perhaps not
+            sent_at = mail.sent_at(now)
+            yield _Doubtful(mail, Fact.SENT, "", sent_at - SENT_SKEW_SECONDS, sent_at + 2 * SENT_SKEW_SECONDS)
+        kept_seconds = self._limits.fact_seconds or math.inf
+        for _, event in mail.events:
+            for fact in folding.facts(mail.before, event):
+                at = folding.stated_at(mail.before, event.event_id, fact)
+                if at is None or not now - kept_seconds < at <= now + CLOCK_SKEW_SECONDS:
+                    continue  # so long ago that the record, or the log, does not remember, or not by us
+                if not self._is_fresh(at, now):
+                    # Nobody states a fact later than that: see ``_state``.
+                    until = at + 2 * self._limits.fresh_seconds + CLOCK_SKEW_SECONDS
+                    yield _Doubtful(mail, fact, logged_id(fact, event), at - CLOCK_SKEW_SECONDS, until)
+
+    def _is_fresh(self, at: float, now: float) -> bool:
         """Whether a fact was stated, or was about to be, so short a time ago that the log would drop it again."""
-        at = folding.stated_at(record, event.event_id, fact)
-        return at is not None and now - at < self._fresh_seconds
+        return -CLOCK_SKEW_SECONDS <= now - at < self._limits.fresh_seconds
 
-    def _is_lacking(self, email_id: str, record: Mapping[str, Any], fact: Fact, event: Event, deadline: float) -> bool:
-        """Whether the log lacks a fact that it should have, as long as anybody can know."""
-        at = folding.stated_at(record, event.event_id, fact)
-        if at is None:  # so long ago that the record does not remember when, or not by us
-            return False
-        between = (at - CLOCK_SKEW_SECONDS, at + 2 * self._fresh_seconds + CLOCK_SKEW_SECONDS)
-        event_id = event.event_id if fact in COUNTED else ""
-        token = mail_token(email_id, record.get("group_id"))
-        return not self._log.has(token, fact, email_id, event_id, between, seconds_left(deadline))
+    def _fold_mail(self, batch: Batch, mail: MailEvents, now: float) -> Publication | None:
+        """What is to be written of a mail's record, None when nothing is. Its facts are made ready."""
+        mail.facts.clear()
+        if mail.before is None:
+            return None
+        if mail.is_rebuilt and not batch.is_lacking.get((mail.email_id, Fact.SENT, "")):
+            mail.before.pop("outcome", None)  # the log has its fact: no event needs to state it
+        folded_at = rfc3339(now)
+        record = mail.before
+        for _, event in mail.events:
+            stated = set(folding.facts(mail.before, event))
+            record = folding.fold(record, event, folded_at)
+            for fact in folding.facts(record, event):
+                at = folding.stated_at(mail.before, event.event_id, fact)
+                if fact not in stated or (at is not None and self._is_fresh(at, now)):
+                    mail.state(record, fact, event)
+                elif batch.is_lacking.get((mail.email_id, fact, logged_id(fact, event))):
+                    record = folding.with_stated_at(record, event.event_id, fact, folded_at)
+                    mail.state(record, fact, event)
+        mail.is_changed = record != mail.before
+        value = folding.stored_value(record, self._limits.max_record_bytes)
+        if mail.entry is None:
+            return self._bucket.creation(mail.email_id, value)
+        return (
+            self._bucket.replacement(mail.email_id, value, mail.entry.revision) if value != mail.entry.value else None
+        )
 
-    def _write(self, batch: _Batch, changes: Sequence[tuple[_Mail, Publication]], deadline: float) -> list[_Mail]:
+    def _write(
+        self, batch: Batch, changes: Sequence[tuple[MailEvents, Publication]], deadline: float
+    ) -> list[MailEvents]:
         """Writes the records; those that somebody else has written meanwhile come back."""
         beaten = []
         answers = self._jetstream.store([change for _, change in changes], seconds_left(deadline))
@@ -261,16 +347,16 @@ class Engagement:
                 raise answer
             elif isinstance(answer, BusRefused):
                 mail.facts.clear()
-                if answer.code in ONE_RECORDS_OWN:
-                    batch.park(mail.places, f"the record of its mail is refused: {answer}")
-                else:
-                    batch.settle(mail.places, Verdict(False, REFUSED_RETRY_SECONDS, str(answer)), "refused")
+                if answer.code not in ONE_MESSAGES_OWN:
+                    self._look_again_at = 0.0
+                    raise answer
+                batch.park(mail.places, f"the record of its mail is refused: {answer}")
         return beaten
 
     # -- facts -----------------------------------------------------------------------------
-    def _state(self, batch: _Batch, begun_at: float, deadline: float) -> None:
+    def _state(self, batch: Batch, begun_at: float, deadline: float) -> None:
         """States the facts of every record that was written, parks what is to be parked, and settles the rest."""
-        if time.monotonic() - begun_at >= self._fresh_seconds:
+        if time.monotonic() - begun_at >= self._limits.fresh_seconds:
             for mail in batch.mails.values():
                 if mail.facts:
                     batch.settle(mail.places, Verdict(False, 1, "NATS was too slow"), "late")
@@ -278,17 +364,18 @@ class Engagement:
         parked = [
             (place, self._parked(batch.notifications[place], why)) for place, why in sorted(batch.to_park.items())
         ]
-        stated = [(mail, fact) for mail in batch.mails.values() for fact in mail.facts.values()]
-        answers = self._jetstream.store(
-            [*(each for _, each in stated), *(each for _, each in parked)], seconds_left(deadline)
-        )
-        for places, answer in zip(
-            [*(mail.places for mail, _ in stated), *([place] for place, _ in parked)], answers, strict=True
-        ):
+        stated = [fact for mail in batch.mails.values() for fact in mail.facts.values()]
+        answers = self._jetstream.store([*stated, *(each for _, each in parked)], seconds_left(deadline))
+        for number, answer in enumerate(answers):
             if isinstance(answer, BusUnavailable):
                 raise answer
             if isinstance(answer, BusRefused):
-                batch.settle(places, Verdict(False, REFUSED_RETRY_SECONDS, str(answer)), "refused")
+                self._look_again_at = 0.0
+                if number < len(stated):
+                    raise answer
+                place, _ = parked[number - len(stated)]
+                log.warning("a notification cannot be parked, and stays in the queue: %s", answer)
+                batch.settle([place], Verdict(False, REFUSED_RETRY_SECONDS, str(answer)), "refused")
         for place, _ in parked:
             if batch.verdicts[place] is not None:  # it was refused
                 continue
@@ -309,69 +396,9 @@ class Engagement:
             notification.received_count,
             notification.sqs_message_id,
             rfc3339(self._clock()),
-            self._max_payload_bytes,
+            self._jetstream.max_payload_bytes,
         )
 
 
-class _Mail:
-    """A mail that a batch has events of."""
-
-    def __init__(self, email_id: str) -> None:
-        self.email_id = email_id
-        self.events: list[tuple[int, Event]] = []
-        """With the place of the notification in the batch."""
-        self.facts: dict[tuple[Fact, str], Publication] = {}
-        """To be stated once the record is written."""
-        self.is_changed = False
-        self.is_rebuilt = False
-        self.is_refused = False
-        """Its record could not be made although there is none."""
-
-    @property
-    def places(self) -> list[int]:
-        """Of its notifications."""
-        return [place for place, _ in self.events]
-
-    def state(self, record: Mapping[str, Any], fact: Fact, event: Event) -> None:
-        """Makes a fact ready, once."""
-        event_id = event.event_id if fact in COUNTED else ""
-        at = str(record.get("sent_at", "")) if fact is Fact.SENT else event.at
-        token = mail_token(self.email_id, record.get("group_id"))
-        self.facts[fact, event_id] = fact_publication(token, fact, self.email_id, at, event_id)
-
-
-class _Batch:
-    """Notifications that are handled together, and what has become of each so far."""
-
-    def __init__(self, notifications: Sequence[Notification]) -> None:
-        self.notifications = notifications
-        self.verdicts: list[Verdict | None] = [None] * len(notifications)
-        self.mails: dict[str, _Mail] = {}
-        self.to_park: dict[int, str] = {}
-        self.counts: Counter[str] = Counter()
-
-    def add(self, place: int, event: Event) -> None:
-        """An event that is to be folded."""
-        self.counts[event.kind.value] += 1
-        self.mails.setdefault(event.email_id, _Mail(event.email_id)).events.append((place, event))
-
-    def settle(self, places: Iterable[int], verdict: Verdict, what: str) -> None:
-        """What becomes of them, where that is not settled yet; ``what`` is counted."""
-        for place in places:
-            if self.verdicts[place] is None:
-                self.verdicts[place] = verdict
-                self.counts[what] += 1
-
-    def park(self, places: Iterable[int], why: str) -> None:
-        """They are to be kept for an operator."""
-        self.to_park |= dict.fromkeys(places, why)
-
-    def age_seconds(self, place: int, event: Event, now: float) -> float:
-        """Of the mail, or of its notification in the queue, whichever is older."""
-        sent_at = parse_time(event.mail.sent_at)
-        sent = sent_at.timestamp() if sent_at is not None else now
-        return now - min(sent, self.notifications[place].sent_at)
-
-    def received_count(self, places: Iterable[int]) -> int:
-        """Of the one that was received most often."""
-        return max(self.notifications[place].received_count for place in places)
+def _seconds_kept(stream: StreamInfo) -> float:
+    return int(stream.config.get("max_age") or 0) / NANOSECONDS

@@ -525,6 +525,7 @@ def _in_words(error: ValidationError) -> str:
         hint = ""
         if isinstance(given, str) and given.startswith("tcp://"):
             hint = "; Kubernetes injected this for a service of that name: set enableServiceLinks: false"
-        problems.append(f"  {name}: {told[:1].lower()}{told[1:]}{shown}{hint}")
+        told = told if told[:2].isupper() else told[:1].lower() + told[1:]  # a variable's name stays as it is
+        problems.append(f"  {name}: {told}{shown}{hint}")
     count = f"{len(problems)} settings are" if len(problems) > 1 else "1 setting is"
     return "\n".join([f"{count} wrong", *problems])

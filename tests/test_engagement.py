@@ -12,17 +12,21 @@ import orjson
 import pytest
 
 from relay import contract
-from relay.bus.client import Bus
+from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
-from relay.engagement import DONE, Engagement, EngagementConfig, Notification, Verdict
-from relay.errors import BusUnavailable
+from relay.engagement import Engagement, EngagementConfig
+from relay.errors import BusRefused, BusUnavailable
+from relay.tracking.batch import DONE, Notification, Verdict
 from relay.tracking.facts import Fact
+from relay.tracking.folding import stated_at
 from relay.tracking.groups import group_token
-from relay.tracking.log import Log
+from relay.tracking.log import Log, fact_publication
 from relay.tracking.parked import Parked, Parking
+from relay.tracking.record import rfc3339
+from relay.tracking.repair import Repair
 from relay.tracking.storage import StorageConfig, ensure_storage
-from tests.support.groups import put_records, record_of, send_mails
+from tests.support.groups import SENT_AT, put_records, record_of, send_mails, store
 from tests.support.nats_proxy import Action, NatsProxy
 from tests.support.nats_server import NatsServer
 from tests.support.ses_events import OBJECTS, enveloped, notification, ses_event
@@ -239,6 +243,136 @@ def test_two_at_work_on_one_mail_lose_nothing(jetstream: JetStream, engagement: 
     assert record(jetstream, email_id)["open_count"] == 100 - undone
     assert counts(jetstream, group_id) == {"sent": 1, "open": 100 - undone, "opened": 1}
     assert undone <= 20
+
+
+# -- others ----------------------------------------------------------------------------------------------------------
+class BeatenBucket(Bucket):
+    """Somebody else is always faster."""
+
+    def replacement(self, key: str, value: bytes, revision: int) -> Publication:
+        return super().replacement(key, value, revision + 1)
+
+    def creation(self, key: str, value: bytes) -> Publication:
+        return super().replacement(key, value, 1 << 40)
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_who_is_always_beaten_states_nothing_and_leaves_the_event(
+    jetstream: JetStream, engagement: Engagement, group_id: str, has_record: bool
+) -> None:
+    (email_id,) = send_mails(jetstream, group_id, 1) if has_record else [str(uuid.uuid4())]
+    engagement._bucket = BeatenBucket(jetstream, contract.RECIPIENTS_BUCKET)
+    (verdict,) = handle(engagement, note("Open", email_id, group_id, sent_at=LONG_AGO))
+    assert (verdict.is_done, engagement.counts["conflict"]) == (False, 1)
+    assert counts(jetstream, group_id) == ({"sent": 1} if has_record else {})
+
+
+def test_a_sent_fact_whose_record_was_lost_is_not_stated_again(
+    jetstream: JetStream, engagement: Engagement, group_id: str
+) -> None:
+    email_id = str(uuid.uuid4())
+    fact = fact_publication(group_token(group_id), Fact.SENT, email_id, SENT_AT)
+    store(jetstream, [fact._replace(headers={})])  # longer ago than the log remembers its id
+    for _ in range(2):
+        event = note("Delivery", email_id, group_id, "n-1", sent_at=time.time() - 100)
+        assert handle(engagement, event) == [DONE]
+    assert engagement.counts["rebuilt"] == 1
+    assert counts(jetstream, group_id) == {"sent": 1, "delivered": 1}
+
+
+def test_an_expired_mail_does_not_come_back(new_nats_server: Callable[..., NatsServer], new_bus: Any) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    assert ensure_storage(jetstream, StorageConfig(ttl_days=1)) == ""
+    engagement = made_ready(jetstream)
+    assert handle(engagement, note("Open", str(uuid.uuid4()), "spring", sent_at=LONG_AGO)) == [DONE]
+    assert engagement.counts["unknown"] == 1
+    assert counts(jetstream, "spring") == {}
+
+
+def test_a_record_that_names_no_group_is_parked(jetstream: JetStream, engagement: Engagement) -> None:
+    email_id = str(uuid.uuid4())
+    put_records(jetstream, {email_id: b'{"email_id":"x","group_id":7}'})
+    assert handle(engagement, note("Open", email_id, "spring")) == [DONE]
+    assert "names no group" in parked_now(jetstream)[-1].reason
+
+
+def test_each_worker_goes_by_the_servers_clock(jetstream: JetStream, group_id: str) -> None:
+    """Or one that is an hour ahead would leave replays that seem fresh for as long to all others."""
+    (email_id,) = send_mails(jetstream, group_id, 1)
+    engagement = Engagement(jetstream, EngagementConfig(), clock=lambda: time.time() + 3600)
+    engagement.prepare()
+    assert handle(engagement, note("Open", email_id, group_id, "n-1")) == [DONE]
+    at = stated_at(record(jetstream, email_id), "n-1", Fact.OPEN)
+    assert at is not None
+    assert abs(at - time.time()) < 5
+
+
+def fold_long_ago(jetstream: JetStream, engagement: Engagement, group_id: str, count: int) -> list[Notification]:
+    """Deliveries that were folded a while ago, by their records; whether their facts were stated is another matter."""
+    email_ids = send_mails(jetstream, group_id, count)
+    events = [note("Delivery", email_id, group_id, f"n-{email_id}") for email_id in email_ids]
+    records = {}
+    for email_id in email_ids:
+        told = {"first": {"delivered": f"n-{email_id}"}, "folded_at": {f"n-{email_id}": rfc3339(time.time() - 100)}}
+        records[email_id] = orjson.dumps(record(jetstream, email_id) | {"delivered": True} | told)
+    put_records(jetstream, records)
+    return events
+
+
+def test_what_the_log_may_have_forgotten_is_looked_up(
+    jetstream: JetStream, engagement: Engagement, group_id: str
+) -> None:
+    """Among many, for a whole batch in one walk; six of ten are there."""
+    events = fold_long_ago(jetstream, engagement, group_id, 10)
+    token = group_token(group_id)
+    others = [fact_publication(token, Fact.DELIVERED, f"other-{number}", SENT_AT) for number in range(3000)]
+    store(jetstream, others)
+    stated = [orjson.loads(read.body)["MessageId"].removeprefix("n-") for read in events[:6]]
+    store(jetstream, [fact_publication(token, Fact.DELIVERED, each, SENT_AT)._replace(headers={}) for each in stated])
+    assert handle(engagement, *events) == [DONE] * 10
+    assert counts(jetstream, group_id) == {"sent": 10, "delivered": 3010}
+
+
+def test_what_a_repair_has_stated_meanwhile_is_not_stated_again(
+    new_nats_server: Callable[..., NatsServer], new_bus: Any
+) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    engagement = made_ready(jetstream)
+    (email_id,) = send_mails(jetstream, "spring", 1)
+    told = {"first": {"delivered": "n-1"}, "folded_at": {"n-1": rfc3339(time.time() - 3600)}, "delivered": True}
+    put_records(jetstream, {email_id: orjson.dumps(record(jetstream, email_id) | told)})
+    Repair(jetstream, "spring", min_age_seconds=0.0).mend()
+    assert counts(jetstream, "spring") == {"sent": 1, "delivered": 1}
+    config = dict(jetstream.stream_info(contract.LOG_STREAM).config)
+    jetstream.api(f"STREAM.UPDATE.{contract.LOG_STREAM}", config | {"duplicate_window": 100_000_000})
+    engagement.prepare()
+    gevent.sleep(0.2)
+    assert handle(engagement, note("Delivery", email_id, "spring", "n-1")) == [DONE]
+    assert counts(jetstream, "spring") == {"sent": 1, "delivered": 1}
+
+
+def test_what_would_take_too_long_to_look_up_is_left_to_a_repair(
+    jetstream: JetStream, engagement: Engagement, group_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.tracking.log.LOOKUP_PAGES", 1)
+    events = fold_long_ago(jetstream, engagement, group_id, 1)
+    token = group_token(group_id)
+    store(jetstream, [fact_publication(token, Fact.DELIVERED, f"yet-another-{each}", SENT_AT) for each in range(1001)])
+    (verdict,) = handle(engagement, *events)
+    assert (verdict.is_done, engagement.counts["put off"]) == (False, 1)
+    assert handle(engagement, events[0]._replace(received_count=10)) == [DONE]
+    assert counts(jetstream, group_id) == {"sent": 1, "delivered": 1001}
+
+
+def test_a_log_that_is_gone_is_said_and_nothing_is_done(
+    new_nats_server: Callable[..., NatsServer], new_bus: Any
+) -> None:
+    jetstream = JetStream(new_bus(new_nats_server().url))
+    engagement = made_ready(jetstream)
+    jetstream.api(f"STREAM.DELETE.KV_{contract.RECIPIENTS_BUCKET}")
+    with pytest.raises(BusRefused):
+        handle(engagement, note("Open", "mail-1", "spring", sent_at=LONG_AGO))
+    assert parked_now(jetstream) == []
 
 
 # -- crashes ----------------------------------------------------------------------------------------------------------

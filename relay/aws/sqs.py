@@ -24,10 +24,16 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionClosedError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    HTTPClientError,
     NoCredentialsError,
     NoRegionError,
     PartialCredentialsError,
     ProfileNotFound,
+    ReadTimeoutError,
+    SSLError,
 )
 from botocore.parsers import ResponseParserError
 
@@ -47,6 +53,9 @@ ANSWER_SECONDS = 15
 """Beyond the time that a long poll may last."""
 DELETE_TRIES = 4
 DELETE_PAUSE_SECONDS = 0.1
+
+CONNECTION_ERRORS = (ConnectionClosedError, ConnectTimeoutError, EndpointConnectionError, ReadTimeoutError, SSLError)
+"""Of the connection itself; they name the endpoint."""
 
 PERMISSIONS = ("sqs:ReceiveMessage", "sqs:DeleteMessage", "sqs:ChangeMessageVisibility", "sqs:GetQueueAttributes")
 """What the credentials must allow on the queue."""
@@ -140,8 +149,9 @@ class Queue:
         """How long what was received stays hidden from others; the queue's own once ``look`` has asked."""
         try:
             session = boto3.session.Session()
-            if session.get_credentials() is None:
+            if (credentials := session.get_credentials()) is None:
                 raise ConfigError(NO_CREDENTIALS)
+            _check_credentials(credentials.get_frozen_credentials())
             self._client = session.client(
                 "sqs",
                 region_name=region_of(config.queue_url) or config.region or None,
@@ -316,6 +326,20 @@ class Queue:
         return None
 
 
+def _check_credentials(frozen: Any) -> None:
+    """Raises ``ConfigError`` when one could not stand in a header line: secrets' files often end with a line end."""
+    for variable, value in (
+        ("AWS_ACCESS_KEY_ID", frozen.access_key),
+        ("AWS_SECRET_ACCESS_KEY", frozen.secret_key),
+        ("AWS_SESSION_TOKEN", frozen.token),
+    ):
+        if value is not None and not re.fullmatch(r"[\x21-\x7e]+", value):
+            raise ConfigError(
+                f"the AWS credentials cannot be used: {variable} is empty, or holds white space or an end of line;"
+                " set it without"
+            )
+
+
 def region_of(queue_url: str) -> str:
     """The region that Amazon's own queue URLs name; '' for others. A queue is only ever found in its own."""
     found = REGION_IN_HOST.search(urlsplit(queue_url).hostname or "")
@@ -358,8 +382,11 @@ def _told(error: Exception) -> str:
     """One line: what Amazon says, or what botocore says of the connection."""
     if isinstance(error, ClientError):
         text = f"{_code(error)}: {error.response.get('Error', {}).get('Message', '')}"
+    elif isinstance(error, HTTPClientError) and not isinstance(error, CONNECTION_ERRORS):
+        # Its text is that of any library below, and may hold a header line with the credentials.
+        text = f"the request could not be sent ({type(error.__cause__ or error).__name__})"
     else:
-        text = str(error)
+        text = re.sub(r"//[^/@\s]*@", "//", str(error))  # user and password of an endpoint or a proxy
     return " ".join(text.split())[:300].rstrip(" :.")
 
 

@@ -5,30 +5,103 @@ is greenlets. The loop waits in gevent's selector, so while nothing happens on t
 the other greenlets, and the other way round. Work posted to the loop is batched: the first post
 wakes it, those that follow before it runs cost a ``deque.append``.
 
+The selector is not gevent's own, which gives way to the hub at every turn of the loop and keeps a watcher for each of
+its sockets: this one asks the kernel first, and only when nothing is ready, or after ``TURNS`` turns, do others run.
+
 There can be one running asyncio loop per thread, so a process has at most one ``Bridge``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import gevent
 from gevent.event import AsyncResult
-from gevent.selectors import GeventSelector
+from gevent.hub import Waiter
+from gevent.monkey import get_original
 
 from relay.errors import BusUnavailable
 
 T = TypeVar("T")
 
 
+def _unpatched(name: str) -> Any:
+    """What gevent has taken away of the standard module."""
+    try:
+        return get_original("selectors", name)
+    except AttributeError:
+        return None
+
+
+TURNS = 16
+"""Of the loop in a row, while it has something to do."""
+
+_KernelSelector: Any = _unpatched("EpollSelector") or _unpatched("KqueueSelector")
+
+
+class HubSelector(_KernelSelector):  # type: ignore[misc]
+    """Waits for the sockets of an asyncio loop in gevent's hub. For the one greenlet that the loop lives in.
+
+    Which sockets are ready the kernel's own selector says; it is a file descriptor itself (epoll, kqueue), and the hub
+    watches that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hub = gevent.get_hub()
+        self._watcher = self._hub.loop.io(self.fileno(), 1)
+        self._waiter: Waiter | None = None
+        self._turns = 0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """As ``selectors.BaseSelector.select``; other greenlets run while nothing is ready."""
+        ready: list[tuple[selectors.SelectorKey, int]] = super().select(0)
+        if ready or (timeout is not None and timeout <= 0):
+            self._turns += 1
+            if self._turns >= TURNS:
+                self._turns = 0
+                gevent.sleep(0)
+            return ready
+        self._turns = 0
+        self._wait(timeout)
+        return list(super().select(0))
+
+    def wake(self) -> None:
+        """Ends a ``select`` that waits. From the hub or another greenlet; never switches."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._hub.loop.run_callback(waiter.switch, None)
+
+    def _wait(self, timeout: float | None) -> None:
+        waiter = self._waiter = Waiter()
+        self._watcher.start(self.wake)
+        timer = self._hub.loop.timer(timeout) if timeout is not None else None
+        try:
+            if timer is not None:
+                timer.start(self.wake, update=True)
+            waiter.get()
+        finally:
+            self._waiter = None
+            self._watcher.stop()
+            if timer is not None:
+                timer.close()
+
+    def close(self) -> None:
+        """Also the hub's watcher."""
+        self._watcher.close()
+        super().close()
+
+
 class Bridge:
     """Runs one asyncio loop in a greenlet; ``post`` and ``call`` are for the other greenlets."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.SelectorEventLoop(GeventSelector())
+        self._selector = HubSelector()
+        self._loop = asyncio.SelectorEventLoop(self._selector)
         self._posted: deque[Callable[[], object]] = deque()
         self._is_woken = False
         self._greenlet: gevent.Greenlet | None = None
@@ -53,7 +126,8 @@ class Bridge:
         self._posted.append(work)
         if not self._is_woken:
             self._is_woken = True
-            self._loop.call_soon_threadsafe(self._run_posted)
+            self._loop.call_soon(self._run_posted)
+            self._selector.wake()  # there is one thread, so no socket has to tell another
 
     def _run_posted(self) -> None:
         self._is_woken = False

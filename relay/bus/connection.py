@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import nats.errors
 from gevent.event import Event
-from nats.aio.client import Client
 
 from relay.bus.nats_client import (
     CONNECT_TIMEOUT_SECONDS,
@@ -53,7 +52,7 @@ class Connection:
         self._on_change = on_change
         self._is_closing = False
         self._reconnect_wait_seconds = random.uniform(0.2, 0.5)  # a fleet must not come back in one beat
-        self.nc: Client = TamedClient()
+        self.nc = TamedClient()
         """nats-py's client of now; another one after a connection that was closed for good."""
         self.connected = Event()
         """Set while connected."""

@@ -75,6 +75,9 @@ DEDUPLICATION_ID = "Nats-Msg-Id"
 LEAST_NATS_SERVER = (2, 12)
 FIRST_WITH_BATCHES = (2, 11)
 
+ONE_MESSAGES_OWN = frozenset({413, TOO_LARGE_FOR_STREAM})
+"""Refusals that say nothing about the next message: this one is too large for the server or the stream."""
+
 NO_DIRECT_GET = frozenset({503, DENIED})
 """Nobody answers, or nobody may ask: the leader is asked instead."""
 

@@ -70,6 +70,11 @@ class Bucket:
         """The same, never stale: for reads that a ``replacement`` follows."""
         return self._entry(self._jetstream.get_last_from_leader(self._stream, self._prefix + key, timeout_seconds))
 
+    def is_deleted(self, key: str, timeout_seconds: float | None = None) -> bool:
+        """Whether the key had a value and has none any more, as the leader knows."""
+        found = self._jetstream.get_last_from_leader(self._stream, self._prefix + key, timeout_seconds)
+        return found is not None and found.is_deleted
+
     def get_many(self, keys: Sequence[str], timeout_seconds: float | None = None) -> dict[str, Entry]:
         """The values of those of ``keys`` that have one; any number of keys, 1,000 a request.
 

@@ -188,16 +188,17 @@ class Outbox:
         while True:
             await self._filled.wait()
             self._filled.clear()
+            nc = self._connection.nc
             while self._queue:
                 publication, reply_subject, collector = self._queue.popleft()
-                nc = self._connection.nc
                 try:
-                    _check_size(publication, nc.max_payload)
-                    await nc.publish(publication.nats_subject, publication.payload, reply_subject, publication.headers)
-                except BusRefused as error:
+                    nc.put(publication, reply_subject)
+                except (BusRefused, BusUnavailable) as error:
                     self._not_sent(publication, collector, error)
-                except (OSError, nats.errors.Error) as error:
-                    self._not_sent(publication, collector, BusUnavailable(f"NATS: {in_words(error)}"))
+            try:
+                await nc.send()
+            except (OSError, nats.errors.Error) as error:
+                log.warning("writing to NATS: %s", in_words(error))
 
     def _not_sent(
         self, publication: Publication, collector: Collector | None, error: BusUnavailable | BusRefused
@@ -207,11 +208,3 @@ class Outbox:
             collector.fail(error)
         else:
             log.warning("not published to %s: %s", publication.nats_subject, error)
-
-
-def _check_size(publication: Publication, max_payload: int) -> None:
-    size_bytes = len(publication.payload)
-    if publication.headers:
-        size_bytes += 14 + sum(len(key) + len(value.encode()) + 4 for key, value in publication.headers.items())
-    if size_bytes > max_payload:
-        raise BusRefused(f"a message of {size_bytes} bytes exceeds the server's max_payload of {max_payload}", 413)

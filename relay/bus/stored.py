@@ -59,6 +59,8 @@ class StreamInfo(NamedTuple):
 
     config: Mapping[str, Any]
     created: str
+    asked_at: str
+    """When this was, by the server's clock: RFC 3339; '' when it does not say."""
     messages: int
     size_bytes: int
     first_sequence: int
@@ -74,6 +76,7 @@ def stream_info(answer: Mapping[str, Any]) -> StreamInfo:
     return StreamInfo(
         answer["config"],
         str(answer["created"]),
+        str(answer.get("ts", "")),
         int(state["messages"]),
         int(state["bytes"]),
         int(state["first_seq"]),

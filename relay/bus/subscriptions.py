@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import nats.errors
-from nats.aio.client import Client
 from nats.aio.msg import Msg as NatsMsg
 from nats.aio.subscription import Subscription
 
@@ -37,7 +36,7 @@ class Subscriptions:
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
-        self._nc: Client = TamedClient()
+        self._nc = TamedClient()
         self._held: dict[int, tuple[Subscribed, Subscription | None]] = {}
         self._next_token = 0
         self._beginning = asyncio.Lock()
@@ -52,7 +51,7 @@ class Subscriptions:
         self._held[self._next_token] = (wanted, None)
         return self._next_token
 
-    async def move_to(self, nc: Client) -> None:
+    async def move_to(self, nc: TamedClient) -> None:
         """Makes every subscription on a client that has just connected."""
         self._nc = nc
         for token in list(self._held):
@@ -68,7 +67,9 @@ class Subscriptions:
             async def deliver(msg: NatsMsg) -> None:
                 handler(Msg(msg.subject, msg.reply, msg.data, msg.headers or NO_HEADERS))
 
-            subscription = await self._nc.subscribe(wanted.nats_subject, queue=wanted.queue_group, cb=deliver)
+            nc = self._nc
+            subscription = await nc.subscribe(wanted.nats_subject, queue=wanted.queue_group, cb=deliver)
+            nc.hand_over(subscription._id, handler)
             if token in self._held:
                 self._held[token] = (wanted, subscription)
             else:

@@ -7,6 +7,8 @@ understood; 78 the settings are wrong. ``docs/cli.md`` is made from what stands 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 
 import click
 
@@ -75,9 +77,11 @@ for command in COMMANDS:
 def main() -> None:
     """The console script. What a command did not expect, such as a missing permission, is one line too."""
     logging.getLogger("relay").addHandler(logging.NullHandler())  # what matters of it, the commands say themselves
+    if sys.stdout is None:  # it was closed before we began: `relayctl … >&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     try:
         cli(prog_name="relayctl")
     except RelayError as error:
         fail(error)
     except OSError as error:
-        fail(RelayError(f"{error.filename or 'the system'}: {error.strerror or error}"))
+        fail(RelayError(f"{error.filename or 'standard output'}: {error.strerror or error}"))

@@ -32,10 +32,11 @@ from relay.cli.terminal import (
     print_json,
     say,
 )
-from relay.engagement import Engagement, Notification
+from relay.engagement import Engagement
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.parts import engagement_config
 from relay.redaction import without_addresses
+from relay.tracking.batch import Notification
 from relay.tracking.events import Broken, Kind, read_notification
 from relay.tracking.parked import Parked, Parking
 from relay.tracking.record import parse_time
@@ -119,11 +120,11 @@ def _show_json(found: Parked) -> None:
 class _Lines:
     """A table, a line at a time: there may be many."""
 
-    HEADINGS = ("NUMBER", "PARKED (UTC)", "TIMES", "   BYTES", "WHY", "BEGINS")
+    HEADINGS = ("NUMBER", "PARKED (UTC)", "TIMES", "    BYTES", "WHY", "BEGINS")
 
     def __init__(self) -> None:
-        room = max(30, console().width - 8 - 16 - 5 - 8 - 5)
-        self._widths = (8, 16, 5, 8, room * 2 // 5, room - room * 2 // 5)
+        room = max(30, console().width - 8 - 16 - 6 - 9 - 5)
+        self._widths = (8, 16, 6, 9, room * 2 // 5, room - room * 2 // 5)
         self._is_begun = False
 
     def __call__(self, found: Parked) -> None:

@@ -23,9 +23,10 @@ from gevent import getcurrent
 from gevent.event import Event
 
 from relay.aws.sqs import LONGEST_VISIBILITY_SECONDS, Backlog, Queue, SqsMessage
-from relay.engagement import Engagement, Notification, Verdict
+from relay.engagement import Engagement
 from relay.errors import BusRefused, BusUnavailable, ConfigError, QueueUnavailable
 from relay.redaction import without_addresses
+from relay.tracking.batch import Notification, Verdict
 from relay.tracking.record import rfc3339
 
 log = logging.getLogger("relay.polling")
@@ -33,6 +34,8 @@ log = logging.getLogger("relay.polling")
 T = TypeVar("T")
 
 HANDLE_SECONDS = 10.0
+EMPTY_SECONDS = 0.5
+"""An empty answer that comes sooner was not waited for."""
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 BACKLOG_SECONDS = 30.0
@@ -166,6 +169,8 @@ class Polling:
         finally:
             self._receiving.discard(getcurrent())
         self._receive_worked()
+        if not sqs_messages and time.monotonic() - begun_at < EMPTY_SECONDS:
+            self._stop.wait(EMPTY_SECONDS)  # what stands in for SQS does not wait; nor must each request cost money
         self.counts["received"] += len(sqs_messages)
         return sqs_messages
 
@@ -275,7 +280,7 @@ class Polling:
         while True:
             try:
                 given = action()
-            except BusUnavailable as error:
+            except (BusUnavailable, BusRefused) as error:
                 self._remember(str(error))
                 self._say("storage", f"events wait for JetStream: {error}")
             else:

@@ -67,7 +67,7 @@ class Event(NamedTuple):
 
     kind: Kind
     event_id: str
-    """The SNS message id, or a hash of the event where SNS left it out: printable, at most 64 characters."""
+    """The SNS message id, or a hash of the event where SNS left it out: at most 64 of ``[A-Za-z0-9_-]``."""
     email_id: str
     at: str
     """RFC 3339, UTC, milliseconds."""
@@ -118,11 +118,11 @@ def read_notification(body: str, now: float) -> Event | Dropped | Broken:
     if not event_id:
         return Broken("the event is nested too deeply")
     about = _object(told.event.get(_ABOUT[kind]))
-    sent_at = _time(mail.get("timestamp"))
+    sent_at = _time(mail.get("timestamp"), now)
     if kind is Kind.SEND:  # has no time of its own: the mail's is it
-        at = sent_at or _time(told.notified_at)
+        at = sent_at or _time(told.notified_at, now)
     else:
-        at = _time(about.get("timestamp")) or _time(told.notified_at) or sent_at
+        at = _time(about.get("timestamp"), now) or _time(told.notified_at, now) or sent_at
     headers = _object(mail.get("commonHeaders"))
     return Event(
         kind=kind,
@@ -158,7 +158,8 @@ _VALIDATION_TEXT = "Successfully validated SNS topic for Amazon SES"
 _NO_EVENTS = ("SubscriptionConfirmation", "UnsubscribeConfirmation")
 """Types of SNS messages about a subscription itself. A queue's subscriptions are confirmed by their owner."""
 
-_NOTIFICATION_ID = re.compile(rf"[\x21-\x7e]{{1,{MAX_ID_CHARACTERS}}}")
+_NOTIFICATION_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_ID_CHARACTERS}}}")
+"""SNS's are UUIDs. Anything else is hashed: an id is a name in the record, and stays there when that is erased."""
 
 
 def _unwrap(body: str) -> _Told | Dropped | Broken:
@@ -361,14 +362,15 @@ _TIME = re.compile(
 _EPOCH = re.compile(r"\d{9,13}(?:\.\d{1,9})?", re.ASCII)
 
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC).timestamp()
-_LATEST = datetime(2100, 1, 1, tzinfo=UTC).timestamp()
-"""Of the times that anything happened to a mail: what is outside is nobody's time, as zero in many languages."""
+AHEAD_SECONDS = 86_400
+"""What is told may lie so far ahead of this machine's clock. What is outside of these bounds is nobody's time, as zero
+in many languages, and as a last open in a hundred years, which would stay the last one for as long."""
 
 _MILLISECONDS_FROM = 1e11
 """Numbers from here on count milliseconds: as seconds, they would be a year beyond 5000."""
 
 
-def _time(value: object) -> str:
+def _time(value: object, now: float) -> str:
     """A time as it stands in a record; '' when there is none.
 
     Takes ISO 8601 as SES writes it (one of its samples has a space before ``+0000``), UTC where no zone is given, and
@@ -382,7 +384,7 @@ def _time(value: object) -> str:
         return ""
     if seconds >= _MILLISECONDS_FROM:
         seconds = min(seconds, 1e15) / 1000  # an int may be too large to become a float
-    return rfc3339(seconds) if _EARLIEST <= seconds < _LATEST else ""
+    return rfc3339(seconds) if _EARLIEST <= seconds <= now + AHEAD_SECONDS else ""
 
 
 def _seconds_of(text: str) -> float:

@@ -28,8 +28,9 @@ states anything (and under ``<event_id>--<fact>`` when one of its facts was stat
 comes again states what it stated, and nothing else. So folding is idempotent, and but for ``first`` and ``folded_at``
 the order of events does not matter.
 
-A record stays under a size: the ids that were folded longest ago go first, and with them their places in
-``opened_at_list`` and ``clicks``; the counts stay. An open or click that was dropped so would count again.
+A record stays under a size: the oldest links go first, then the ids that were folded longest ago, and with them their
+places in ``opened_at_list`` and ``clicks``; the counts stay. An open or click that was dropped so would count again:
+one of some 250 and more of one mail.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ import orjson
 
 from relay.tracking.erasure import ERASED_AT, without_personal_data
 from relay.tracking.events import Event, Kind
-from relay.tracking.facts import Fact, facts_of
+from relay.tracking.facts import MOST_COUNTED, Fact, facts_of
 from relay.tracking.record import earliest, latest, new_record, parse_time
 
 MAX_RECORD_BYTES = 60 * 1024
 """A bucket made by lfx's chart takes 64 KiB, with the subject and the header fields of the message."""
 
-MOST_BYTES_OF_AN_EVENT = 6 * 2048 + 512
-"""In a record: a link of 2 KB, each of its characters escaped, two ids and two times."""
+MOST_BYTES_OF_AN_EVENT = 512
+"""In a record, without its link: two ids and two times."""
 
 
 class _Once(NamedTuple):
@@ -149,7 +150,8 @@ def _fold_counted(folded: dict[str, Any], event: Event, counted: _Counted) -> No
     listed = list(found) if isinstance(found, list) else []
     known = folded.get(counted.count_field)
     is_number = isinstance(known, int) and not isinstance(known, bool)
-    folded[counted.count_field] = 1 + max(known if is_number and known is not None else 0, len(listed))
+    before = max(known if is_number and known is not None else 0, len(listed))
+    folded[counted.count_field] = min(1 + before, MOST_COUNTED)
     listed.append({"event_id": event.event_id, counted.at_field: event.at, **event.detail})
     listed.sort(key=lambda each: _order(each, counted.at_field))
     folded[counted.list_field] = listed
@@ -188,6 +190,11 @@ def facts(record: Mapping[str, Any], event: Event) -> Iterator[Fact]:
             yield fact
     if (counted := _COUNTED.get(event.kind)) is not None and is_folded(record, event):
         yield counted.fact
+
+
+def stated_by(record: Mapping[str, Any], fact: Fact) -> str:
+    """The id of the event that states a fact which is stated once, '' where none does."""
+    return str(_object(record, "first").get(fact.value, ""))
 
 
 def with_stated_at(record: Mapping[str, Any], event_id: str, fact: Fact, at: str) -> dict[str, Any]:
@@ -235,13 +242,25 @@ def stored_value(record: Mapping[str, Any], max_bytes: int = MAX_RECORD_BYTES) -
 
 
 def _bounded(record: dict[str, Any], value: bytes, max_bytes: int) -> bytes:
-    known = dict(_object(record, "folded_at"))
     lists = {
         counted.list_field: list(found)
         for counted in _COUNTED.values()
         if isinstance(found := record.get(counted.list_field), list)
     }
-    while len(value) > max_bytes:
+    clicks = lists.get("clicks", [])
+    excess_bytes = len(value) - max_bytes
+    for place, click in enumerate(clicks):  # the oldest first
+        if excess_bytes <= 0:
+            break
+        if isinstance(click, dict) and (link := click.get("link")):
+            clicks[place] = {name: told for name, told in click.items() if name != "link"}
+            excess_bytes -= len(orjson.dumps(link)) + len(',"link":')
+    known = dict(_object(record, "folded_at"))
+    if known:
+        record["folded_at"] = known
+    if len(orjson.dumps({**record, **{name: [] for name in lists}, "folded_at": {}})) > max_bytes:
+        return value  # it is not events that make it large
+    while len(value := orjson.dumps(record | lists)) > max_bytes:
         by_age = sorted(_ids(known, lists), key=lambda event_id: (str(known.get(event_id, "")), event_id))
         if not by_age:
             break
@@ -250,7 +269,6 @@ def _bounded(record: dict[str, Any], value: bytes, max_bytes: int) -> bytes:
         for event_id in dropped:
             known.pop(event_id, None)
         lists = {name: [each for each in listed if _id(each) not in dropped] for name, listed in lists.items()}
-        value = orjson.dumps({**record, **lists, "folded_at": known})
     return value
 
 

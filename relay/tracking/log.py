@@ -7,6 +7,7 @@ direct get from a stream sequence on (which is the cursor).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from relay.bus.jetstream import DEDUPLICATION_ID, NO_MESSAGE_FOUND, PAGE_LIMIT, 
 from relay.errors import BusRefused
 from relay.tracking.facts import EVENTS, Fact
 from relay.tracking.record import is_email_id, latest, rfc3339
+
+LOOKUP_PAGES = 300
+"""Of 1,000 facts; some four seconds."""
 
 
 class Sent(NamedTuple):
@@ -106,32 +110,29 @@ class Log:
         sent = [Sent(email_id, stored.sequence) for stored in page.msgs if (email_id := _email_id(stored.payload))]
         return Page(sent, page.next_sequence)
 
-    def has(
-        self,
-        token: str,
-        fact: Fact,
-        email_id: str,
-        event_id: str,
-        between: tuple[float, float],
-        timeout_seconds: float | None = None,
-    ) -> bool:
-        """Whether the fact was logged between two moments (epoch seconds), as the log's leader knows.
+    def lacking(
+        self, token: str, fact: Fact, wanted: set[tuple[str, str]], between: tuple[float, float], deadline: float
+    ) -> set[tuple[str, str]] | None:
+        """Which facts (``email_id``, ``event_id``) were not logged between two moments, as the log's leader knows.
 
-        Two small requests, and one for every 1,000 facts of that kind that the group has of that time.
+        The moments are in epoch seconds by the server's clock. Walks until all are found, or to the end; None when
+        ``LOOKUP_PAGES`` were not enough, or half of the time until ``deadline`` (``time.monotonic()``).
         """
-        deadline = self._jetstream.deadline(timeout_seconds)
+        left = set(wanted)
+        give_up_at = time.monotonic() + seconds_left(deadline) / 2
         nats_subject = _subject(token, fact)
-        begin, end = (self._first_since(nats_subject, moment, seconds_left(deadline)) for moment in between)
-        sequence: int | None = begin
-        while sequence is not None and (end is None or sequence < end):
+        sequence, end = (self._first_since(nats_subject, moment, seconds_left(deadline)) for moment in between)
+        for _ in range(LOOKUP_PAGES):
+            if not left or sequence is None or (end is not None and sequence >= end):
+                return left
+            if time.monotonic() >= give_up_at:
+                return None
             page = self._jetstream.page(
                 contract.LOG_STREAM, nats_subject, sequence, timeout_seconds=seconds_left(deadline)
             )
-            for each in page.msgs:
-                if _email_id(each.payload) == email_id and _stated(each.payload, "event_id") == event_id:
-                    return True
+            left -= {(_email_id(each.payload), _stated(each.payload, "event_id")) for each in page.msgs}
             sequence = page.next_sequence
-        return False
+        return None
 
     def _first_since(self, nats_subject: str, moment: float, timeout_seconds: float) -> int | None:
         question = {"next_by_subj": nats_subject, "start_time": rfc3339(moment)}

@@ -31,14 +31,16 @@ import orjson
 from relay import contract
 from relay.bus.client import Publication
 from relay.bus.jetstream import NO_MESSAGE_FOUND, SEQUENCE_NOT_FOUND, JetStream, Stored
+from relay.bus.kv import Bucket
 from relay.bus.stored import leader_msg
 from relay.errors import BusRefused
+from relay.tracking import folding
 from relay.tracking.comparison import Difference, Missing, compare, compared_part
 from relay.tracking.facts import COUNTED
 from relay.tracking.feed import LoggedFact, facts, logged_fact, sequence_at, subject_filter
 from relay.tracking.groups import SHARED_TOKEN, group_token, mail_token
 from relay.tracking.log import fact_publication
-from relay.tracking.record import is_email_id, parse_record, parse_time
+from relay.tracking.record import is_email_id, parse_record, parse_time, rfc3339
 from relay.tracking.spill import Spill
 from relay.tracking.storage import patiently
 
@@ -47,6 +49,7 @@ FACTS_AT_ONCE = 150_000
 MIN_AGE_SECONDS = 180
 """Longer than the log knows a repeated fact, and than a record in doubt is tried to be settled."""
 EXAMPLES = 10
+UPDATE_SECONDS = 10.0
 
 _STREAM = f"KV_{contract.RECIPIENTS_BUCKET}"
 _PREFIX = f"$KV.{contract.RECIPIENTS_BUCKET}."
@@ -227,6 +230,7 @@ class Repair:
         facts_at_once: int = FACTS_AT_ONCE,
     ) -> None:
         self._jetstream = jetstream
+        self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         self._scope = Scope(group_id)
         self._min_age_seconds = min_age_seconds
         self._on_progress: Callable[[int], None] = _tell_nobody
@@ -370,6 +374,8 @@ class Repair:
 
     # -- mend ----------------------------------------------------------------------------------
     def _mend(self, email_id: str, token: str, difference: Difference) -> None:
+        if difference.missing:
+            self._tell_record(email_id, difference.missing)
         for lacking in difference.missing:
             publication = fact_publication(token, lacking.fact, email_id, lacking.at, lacking.event_id)
             if self._append(publication):
@@ -378,6 +384,24 @@ class Repair:
                 self.report.repeated += 1
         for each in difference.surplus:
             self._take_out(email_id, each)
+
+    def _tell_record(self, email_id: str, missing: list[Missing]) -> None:
+        """Has the record say since when a fact stands in the log, so that an event that comes again finds it there."""
+        now = rfc3339(time.time())
+
+        def change(value: bytes | None) -> bytes | None:
+            record = parse_record(value) if value is not None else None
+            if record is None:
+                return None
+            told = record
+            for each in missing:
+                event_id = each.event_id or folding.stated_by(record, each.fact)
+                if folding.stated_at(record, event_id, each.fact) is not None:
+                    told = folding.with_stated_at(told, event_id, each.fact, now)
+            return value if told is record else folding.stored_value(told)
+
+        update = partial(self._bucket.update, email_id, change)
+        patiently(lambda: update(deadline=time.monotonic() + UPDATE_SECONDS))
 
     def _take_out(self, email_id: str, fact: LoggedFact) -> None:
         """Deletes it; what NATS refuses once (the log denies deletion, or this user may not) is not asked again."""

@@ -14,10 +14,11 @@ import gevent
 
 from relay import contract
 from relay.bus.client import Publication
-from relay.bus.jetstream import TOO_LARGE_FOR_STREAM, JetStream
+from relay.bus.jetstream import ONE_MESSAGES_OWN, JetStream
 from relay.bus.kv import Bucket
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
 from relay.tracking.facts import Fact
+from relay.tracking.folding import stated_by
 from relay.tracking.groups import mail_token
 from relay.tracking.log import fact_publication
 from relay.tracking.record import new_record, parse_record, rfc3339, settled_record
@@ -31,8 +32,6 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Doubles up to this while probes succeed and records still fail, as with a full disk."""
 SETTLE_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Before each try to settle a record; the first may come before the record itself is written."""
-ONE_RECORDS_OWN = frozenset({413, TOO_LARGE_FOR_STREAM})
-"""Refusals that say nothing about the next record: this one is too large for the server or the bucket."""
 
 
 class Tracker:
@@ -156,6 +155,8 @@ class Tracker:
         elif (noted := parse_record(entry.value)) is None:
             return "its record is broken"
         else:
+            if stated_by(noted, Fact.SENT):  # by an event, perhaps longer ago than the log remembers
+                facts = []
             value = settled_record(noted, outcome=outcome, remote_id=remote_id)
             change = self._bucket.replacement(email_id, value, entry.revision)
         answers = self._jetstream.store([*facts, change], self._ack_seconds)
@@ -168,7 +169,7 @@ class Tracker:
 
     def _fail(self, email_id: str, error: Exception) -> None:
         self._lose(email_id, str(error))
-        if isinstance(error, BusRefused) and error.code in ONE_RECORDS_OWN:
+        if isinstance(error, BusRefused) and error.code in ONE_MESSAGES_OWN:
             return
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_TO_SUSPEND and not self.off_reason:

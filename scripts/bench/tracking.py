@@ -40,7 +40,8 @@ from relay import contract
 from relay.bus.client import Publication
 from relay.ops.devstack import nats_server_binary
 from relay.tracking import storage
-from relay.tracking.log import Fact, fact_publication
+from relay.tracking.facts import Fact
+from relay.tracking.log import fact_publication
 from relay.tracking.record import new_record
 
 HERE = Path(__file__).parent

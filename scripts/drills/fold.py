@@ -3,9 +3,10 @@
     python -m scripts.drills.fold NATS_URL GROUP_ID MAILS SEED NUMBER
 
 It follows the group's ``sent`` facts, so it often meets a mail whose record is not there yet, folds the events that the
-seed has for this process into each record by ``Bucket.update``, and states their facts. Another process has events of
-the same mails, and some of them are the very same: every notification may come twice. When all events of ``MAILS``
-mails are folded it prints, as one JSON object, how often it met what, and ends.
+seed has for this process into each record by ``Bucket.update``, and states their facts, as the engagement worker's
+own folding has them. Another process has events of the same mails, and some of them are the very same: every
+notification may come twice. When all events of ``MAILS`` mails are folded it prints, as one JSON object, how often it
+met what, and ends.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import orjson
 from gevent.pool import Pool
 
 from relay import contract
-from relay.bus.client import Bus
+from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream, Stored
 from relay.bus.kv import Bucket
+from relay.tracking import events, folding
+from relay.tracking.facts import COUNTED, Fact
 from relay.tracking.groups import group_token
-from relay.tracking.log import Fact, fact_publication
-from relay.tracking.record import latest, rfc3339
+from relay.tracking.log import fact_publication
+from relay.tracking.record import rfc3339
 
 FOLDERS = 2
 AT_ONCE = 20
@@ -47,29 +50,38 @@ class Event(NamedTuple):
     folders: tuple[int, ...]
     """The processes that hear of it."""
 
+    @property
+    def told(self) -> events.Event:
+        """As SES's event is when it was read."""
+        mail = events.SentMail(ses_message_id="", group_id="", to="", subject_header="", sent_at="")
+        return events.Event(events.Kind.OPEN, self.event_id, "", self.at, {}, mail)
+
 
 def events_of(email_id: str, seed: int) -> list[Event]:
     """What happens to a mail: none to ``MOST_EVENTS`` events, each told to one process or to all."""
     chance = random.Random(f"{seed} {email_id}")
-    events = []
+    found = []
     for number in range(chance.randint(0, MOST_EVENTS)):
         at = rfc3339(EVENTS_BEGIN + chance.randrange(86_400))
         folders = chance.choice([(0,), (1,), (0, 1)])
-        events.append(Event(f"event-{number}", at, folders))
-    chance.shuffle(events)
-    return events
+        found.append(Event(f"event-{number}", at, folders))
+    chance.shuffle(found)
+    return found
 
 
 def folded(value: bytes, event: Event) -> bytes:
     """The record with the event in it; the same again changes nothing."""
     record = orjson.loads(value)
-    opens = record.get("opened_at_list") or []
-    if any(each["event_id"] == event.event_id for each in opens):
-        return value
-    opens.append({"event_id": event.event_id, "opened_at": event.at})
-    record |= {"opened": True, "opened_at_list": opens, "open_count": len(opens)}
-    record["last_opened_at"] = latest(record.get("last_opened_at"), event.at)
-    return orjson.dumps(record)
+    after = folding.fold(record, event.told, rfc3339(time.time()))
+    return value if after == record else folding.stored_value(after)
+
+
+def stated(token: str, email_id: str, value: bytes, event: Event) -> list[Publication]:
+    """The facts that the event states, by the record that has it."""
+    return [
+        fact_publication(token, fact, email_id, event.at, event.event_id if fact in COUNTED else "")
+        for fact in folding.facts(orjson.loads(value), event.told)
+    ]
 
 
 class Folding:
@@ -113,9 +125,7 @@ class Folding:
             gevent.sleep(RECORD_POLL_SECONDS)
         self.counts["folded"] += 1
         self.counts["tried again"] += tries - 1
-        facts = [fact_publication(self._token, Fact.OPEN, email_id, event.at, event.event_id)]
-        if orjson.loads(entry.value)["opened_at_list"][0]["event_id"] == event.event_id:
-            facts.append(fact_publication(self._token, Fact.OPENED, email_id, event.at))
+        facts = stated(self._token, email_id, entry.value, event)
         for answer in self._jetstream.store(facts, deadline - time.monotonic()):
             if not isinstance(answer, Stored):
                 raise answer
@@ -130,13 +140,13 @@ def main() -> int:
     try:
         if not bus.wait_connected(10):
             raise SystemExit(f"NATS: {bus.last_error}")
-        folding = Folding(bus, group_id, int(seed), int(number))
+        share = Folding(bus, group_id, int(seed), int(number))
         pool = Pool(AT_ONCE)
-        greenlets = [pool.spawn(folding.fold_mail, email_id) for email_id in folding.sent(int(mails))]
+        greenlets = [pool.spawn(share.fold_mail, email_id) for email_id in share.sent(int(mails))]
         gevent.joinall(greenlets, raise_error=True)
     finally:
         bus.close()
-    print(json.dumps(folding.counts))
+    print(json.dumps(share.counts))
     return 0
 
 

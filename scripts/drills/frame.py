@@ -62,8 +62,10 @@ class Drill(NamedTuple):
 class Stage(contextlib.ExitStack):
     """The servers of one drill and its directory; what was started on it ends with it, in reverse order."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int | None = None) -> None:
+        """``seed``: of what a drill leaves to chance, instead of its own."""
         super().__init__()
+        self.seed = seed
         # Short: a Unix socket's path has at most 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="relay-drill-"))
 

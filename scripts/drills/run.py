@@ -1,6 +1,6 @@
 """Runs the drills, all of them or those that are named, and says what they found.
 
-    python -m scripts.drills.run [NAME ...] [--seconds 40] [--keep]
+    python -m scripts.drills.run [NAME ...] [--seconds 40] [--seed 7] [--keep]
 
 Exits 1 when a check does not hold, when a drill breaks, or when one takes longer than it may. Writes all findings to
 ``var/drills.json``. A new drill is a file with a function, and its ``Drill`` in the table here.
@@ -22,10 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.drills import ses, tracking
+from scripts.drills import engagement, ses, tracking
 from scripts.drills.frame import Drill, Findings, Stage
 
-DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS)
+DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS, *engagement.DRILLS)
 WRITTEN = Path(__file__).parents[2] / "var" / "drills.json"
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)
@@ -35,13 +35,13 @@ class TimeLimitExceeded(KeyboardInterrupt):
     """The drill takes too long. Of this kind because asyncio hands on no other that a signal raises in the middle."""
 
 
-def run(drill: Drill, seconds: float, *, is_kept: bool) -> dict[str, Any]:
+def run(drill: Drill, seconds: float, seed: int | None, *, is_kept: bool) -> dict[str, Any]:
     """Plays one drill, ends what it started, shows and returns what it found; ``is_kept``: its directory stays."""
     limit_seconds = seconds + drill.margin_seconds
     console.print(f"\n[bold]{drill.name}[/], {seconds:g} s of load, at most {limit_seconds:g} s in all")
     begun = time.monotonic()
     findings, problem = Findings(), ""
-    stage = Stage()
+    stage = Stage(seed)
     try:
         with stage:
             try:
@@ -93,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(drill.name for drill in DRILLS))
     parser.add_argument("--seconds", type=float, help="length of the load, instead of each drill's own; at least 40")
+    parser.add_argument("--seed", type=int, help="of what the engagement drills leave to chance, instead of their own")
     parser.add_argument("--keep", action="store_true", help="keep logs and stores, also when everything holds")
     options = parser.parse_args()
     if unknown := set(options.names) - {drill.name for drill in DRILLS}:
@@ -102,7 +103,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, _give_up)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = [drill for drill in DRILLS if not options.names or drill.name in options.names]
-    played = [run(drill, options.seconds or drill.seconds, is_kept=options.keep) for drill in chosen]
+    played = [run(drill, options.seconds or drill.seconds, options.seed, is_kept=options.keep) for drill in chosen]
     WRITTEN.parent.mkdir(exist_ok=True)
     told = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -17,10 +17,11 @@ from gevent.event import Event
 from relay.aws.sqs import Queue, QueueConfig
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.engagement import Engagement, EngagementConfig, Notification, Verdict
+from relay.engagement import Engagement, EngagementConfig
 from relay.errors import ConfigError
 from relay.ops import polling
 from relay.ops.polling import PARK_AFTER_RECEIVES, Polling, PollingConfig, prepare
+from relay.tracking.batch import Notification, Verdict
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.support.moto_server import REGION, aws_environment
 from tests.support.nats_server import NatsServer

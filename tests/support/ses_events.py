@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from relay import contract
-from relay.engagement import Notification
+from relay.tracking.batch import Notification
 from relay.tracking.groups import tracking_id
 from relay.tracking.record import rfc3339
 

@@ -28,11 +28,12 @@ from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.ops.presence import read_presence
 from relay.tracking.facts import Fact
+from relay.tracking.groups import group_token
 from relay.tracking.log import Log
 from relay.tracking.repair import Repair
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import Tracker
-from scripts.drills.fold import Event, folded
+from scripts.drills.fold import Event, folded, stated
 from tests.support.caller import MAIL
 from tests.support.nats_proxy import Action, NatsProxy, is_tracking
 from tests.support.nats_server import NatsServer, free_port
@@ -125,7 +126,10 @@ def fold(server: NatsServer, email_id: str, *events: Event) -> None:
             bucket = Bucket(JetStream(bus), contract.RECIPIENTS_BUCKET)
             for event in events:
                 change = partial(with_event, event)
-                assert bucket.update(email_id, change, deadline=time.monotonic() + 5) is not None
+                entry = bucket.update(email_id, change, deadline=time.monotonic() + 5)
+                assert entry is not None
+                answers = JetStream(bus).store(stated(group_token(GROUP), email_id, entry.value, event))
+                assert not [answer for answer in answers if isinstance(answer, Exception)]
             done.append(True)
         finally:
             bus.close()

@@ -23,7 +23,7 @@ from relay.tracking.record import is_email_id, parse_time
 
 SAMPLES = {path.stem: path.read_text() for path in sorted((Path(__file__).parent / "samples").glob("*.json"))}
 
-NOW = 1_770_900_000.25
+NOW = 1_771_100_000.25
 EMAIL_ID = "7d0f6a7e-3c55-4b0e-9f0e-5f1d9a3e8c21"
 OTHER_ID = "b1946ac9-2492-4d23-8c1f-0c4f6e5d7a90"
 SES_MESSAGE_ID = "0100019c4e1f7a52-5b7d3a1c-8e55-4c1d-9a51-2f6b8d0c4e77-000000"
@@ -344,7 +344,7 @@ def test_without_header_and_tag_a_mail_is_foreign(tags: object) -> None:
 
 # -- times -------------------------------------------------------------------------------------------------------------
 
-FALLBACK = "2026-02-12T12:40:00.250Z"
+FALLBACK = "2026-02-14T20:13:20.250Z"
 """``NOW``."""
 
 
@@ -387,6 +387,7 @@ NO_TIMES = [
     "0001-01-01T00:00:00+23:59",
     "9999-12-31T23:59:59-23:59",
     "1999-12-31T23:59:59Z",
+    "2026-02-16T00:00:00Z",
     "2100-01-01T00:00:00Z",
     "2018-02-30T00:00:00Z",
     "2018-10-08T25:00:00Z",

@@ -300,6 +300,19 @@ def test_a_record_never_outgrows_its_limit_and_keeps_the_newest() -> None:
     }
 
 
+def test_links_go_before_what_tells_events_apart() -> None:
+    record = record_of()
+    clicks = [
+        event_of(Kind.CLICK, f"click-{number:04}", seconds(number), link="https://example.com/" + "x" * 2020)
+        for number in range(60)
+    ]
+    for event in clicks * 2:
+        record = orjson.loads(stored_value(fold(record, event, NOW)))
+    assert record["click_count"] == len(record["clicks"]) == 60
+    assert "link" in record["clicks"][-1]
+    assert "link" not in record["clicks"][0]
+
+
 def test_a_record_is_small_where_the_bucket_is() -> None:
     record = record_of()
     for number in range(50):

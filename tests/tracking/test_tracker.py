@@ -20,6 +20,7 @@ from relay.bus.kv import Bucket
 from relay.tracking.log import Log
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import FAILURES_TO_SUSPEND, Tracker
+from tests.support.groups import put_records, record_of
 from tests.support.nats_server import NatsServer
 
 ACK_SECONDS = 0.3
@@ -97,6 +98,16 @@ def test_a_mail_in_doubt_has_a_record_and_no_fact(jetstream: JetStream) -> None:
     assert entry is not None
     assert orjson.loads(entry.value)["outcome"] == "in_doubt"
     assert Log(jetstream).counts("tracker-2") == {}
+
+
+def test_an_event_that_proved_the_mail_sent_has_stated_it(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = str(uuid.uuid4())
+    proved = orjson.loads(record_of(email_id, "tracker-proved")) | {"first": {"sent": "n-1"}}
+    put_records(jetstream, {email_id: orjson.dumps(proved)})
+    settle(tracker, email_id, group_id="tracker-proved", remote_id="r2")
+    assert Log(jetstream).counts("tracker-proved") == {}
+    tracker.stop()
 
 
 def test_a_mail_in_doubt_is_settled_also_when_tracking_was_off_for_a_moment(jetstream: JetStream) -> None:
