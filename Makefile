@@ -30,7 +30,7 @@ run: $(STAMP)  ## Development stack in the foreground (NATS 4222, SMTP 1025, hea
 	@$(BIN)/relayctl start --dev --foreground
 
 test: $(STAMP)  ## Run every fast test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 drills: $(STAMP)  ## Play faults on the whole relay, some minutes long (one, shorter: make drills ARGS="ses --seconds 40")
 	@$(BIN)/python -m scripts.drills.run $(ARGS)

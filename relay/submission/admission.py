@@ -63,6 +63,6 @@ class Admission:
             return 0.0
         since, finished_then = self._ticks[0]
         done = self._finished - finished_then
-        if not done:
-            return float("inf")
+        if not done:  # a slow smarthost, or one that hangs: as long again as it has taken, and as long again
+            return 2 * (now - since)
         return self.backlog * (now - since) / done

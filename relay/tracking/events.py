@@ -23,7 +23,7 @@ import orjson
 
 from relay import contract
 from relay.tracking.groups import read_tracking_id
-from relay.tracking.record import is_email_id, rfc3339
+from relay.tracking.record import is_email_id, parse_time, rfc3339
 
 MAX_ID_CHARACTERS = 64
 """Of an event's id."""
@@ -359,6 +359,8 @@ _TIME = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d)(?::(\d\d)(?:[.,](\d{1,9}))?)?\s?(?:Z|UTC|GMT|([+-]\d\d):?(\d\d)?)?",
     re.ASCII | re.IGNORECASE,
 )
+_AS_KEPT = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
+"""As SES usually writes it, and a record too."""
 _EPOCH = re.compile(r"\d{9,13}(?:\.\d{1,9})?", re.ASCII)
 
 _EARLIEST = datetime(2000, 1, 1, tzinfo=UTC).timestamp()
@@ -377,6 +379,8 @@ def _time(value: object, now: float) -> str:
     epoch seconds or milliseconds.
     """
     if isinstance(value, str):
+        if _AS_KEPT.fullmatch(value) and (at := parse_time(value)) is not None:
+            return value if at.timestamp() <= now + AHEAD_SECONDS else ""
         seconds = _seconds_of(value)
     elif isinstance(value, int | float):
         seconds = value
