@@ -142,7 +142,7 @@ def test_events_of_a_topic_are_in_the_record_and_in_the_analytics(new_relay: New
     check_schema(figures, ENGAGEMENT_FIGURES)
     assert (figures["received"], figures["deleted"], figures["left"]) == (3, 3, 0)
     assert (figures["events"]["Open"], figures["events"]["Delivery"], figures["events"]["folded"]) == (2, 1, 3)
-    assert figures["pollers"] == {"idle": 2, "max": 2}
+    assert figures["pollers"] == {"idle": 4, "max": 4}
     assert "Events   3 folded, 0 repeated, 0 parked, 0 waiting in the queue" in relay.relayctl("status").stdout
     # And it ends although its pollers wait for messages
     begun = time.monotonic()
