@@ -44,6 +44,7 @@ class _Parser(nats.protocol.parser.Parser):
         self._resets = getattr(self, "_resets", 0) + 1
 
     async def parse(self, data: bytes = b"") -> None:
+        """Takes what was read, hands on what is whole, keeps the rest. Raises nats-py's ``ProtocolError``."""
         if self._rest:
             self._rest += data
             if len(self._rest) < self._needed_bytes:

@@ -1,24 +1,19 @@
 """A stand-in for SQS: one queue over SQS's JSON protocol, which fails as it is told to, and counts everything.
 
-In a test it runs in a thread of the test's own (``SqsDouble``). As a process (``python -m tests.support.sqs_double
-FILE``, one message a line, each a JSON string) it serves measurements: it hands out ten prepared messages at once,
-again from the start with ``--endless``, and tells its counts at ``/counts``. Whatever path a queue URL has, it is this
-queue, but for one that ends in ``/missing``.
+It runs in a thread of the test's own. Whatever path a queue URL has, it is this queue, but for one that ends in
+``/missing``. (What measures events has a leaner one of its own, a process: ``scripts/bench/sqs_server.py``.)
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -67,7 +62,6 @@ class SqsDouble:
         self.is_failing_at_sender = False
         """Whose fault those are."""
         self.keeps_calls = True
-        self.endless: list[str] = []
         self._numbers = itertools.count(1)
         self._held: dict[str, Held] = {}
         self._changed = asyncio.Event()
@@ -164,12 +158,9 @@ class SqsDouble:
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-        request_line, *lines = head.split("\r\n")
+        _, *lines = head.split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
         payload = await reader.readexactly(int(headers.get("content-length", 0)))
-        if request_line.startswith("GET /counts"):
-            writer.write(_http(200, orjson.dumps(self._all_counts())))
-            return True
         action = headers.get("x-amz-target", "").rpartition(".")[2]
         try:
             answer = await self._answer(action, orjson.loads(payload))
@@ -208,9 +199,6 @@ class SqsDouble:
 
     async def _receive(self, body: dict[str, Any]) -> dict[str, Any]:
         most = int(body.get("MaxNumberOfMessages", 1))
-        if self.endless:
-            for _ in range(most):
-                self._put(self.endless[next(self._numbers) % len(self.endless)])
         hidden_seconds = int(body.get("VisibilityTimeout", self.visibility_seconds))
         deadline = time.monotonic() + int(body.get("WaitTimeSeconds", 0))
         while True:
@@ -275,9 +263,6 @@ class SqsDouble:
         self._held[held.sqs_message_id] = held
         return held
 
-    def _all_counts(self) -> dict[str, Any]:
-        return {**dict.fromkeys((*ACTIONS, "received", "deleted"), 0), **self.counts, "left": len(self._held)}
-
 
 def _as_sent(held: Held) -> dict[str, Any]:
     return {
@@ -299,21 +284,3 @@ def _http(status: int, body: bytes, code: str = "") -> bytes:
     error = f"x-amzn-query-error: {code};Sender\r\n" if code else ""
     head = f"HTTP/1.1 {status} X\r\nContent-Type: application/x-amz-json-1.0\r\n{error}Content-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
-
-
-def main() -> None:
-    """The stand-in as a process; says on standard output where it listens, and runs until it is ended."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", type=Path, help="messages, one JSON string a line")
-    parser.add_argument("--endless", action="store_true", help="hand them out again and again")
-    parser.add_argument("--port", type=int, default=0)
-    arguments = parser.parse_args()
-    bodies = [orjson.loads(line) for line in arguments.file.read_bytes().splitlines()]
-    double = SqsDouble(() if arguments.endless else bodies, visibility_seconds=60)
-    double.endless = bodies if arguments.endless else []
-    double.keeps_calls = False
-    asyncio.run(double.serve(lambda: print(double.queue_url, flush=True), arguments.port))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
