@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := conf/constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo run test drills check format bench bench-smtp bench-tracking bench-engagement clean
+.PHONY: help setup demo run test drills soak check format bench bench-bytecodes bench-smtp bench-tracking bench-engagement clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -35,6 +35,9 @@ test: $(STAMP)  ## Run every fast test
 drills: $(STAMP)  ## Play faults on the whole relay, some minutes long (one, shorter: make drills ARGS="ses --seconds 40")
 	@$(BIN)/python -m scripts.drills.run $(ARGS)
 
+soak: $(STAMP)  ## Ask for twice what can be done for 10 minutes; memory stays flat (shorter: make soak ARGS="--seconds 60")
+	@$(BIN)/python -m scripts.drills.soak $(ARGS)
+
 check: $(STAMP)  ## Lint, types, formatting, import rules
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -45,9 +48,12 @@ format: $(STAMP)  ## Format the code
 	@$(BIN)/ruff check --fix --exit-zero --quiet .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(STAMP)  ## Measure the whole path beside Postfix's smtp-source (needs Postfix; options: make bench ARGS="--workers 1")
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench]'
+bench: $(STAMP)  ## Measure the whole path beside Postfix's smtp-source (needs Postfix; two minutes: make bench ARGS=--quick)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench,bench-smtp]'
 	@$(BIN)/python scripts/bench/run.py $(ARGS)
+
+bench-bytecodes: $(STAMP)  ## Count the bytecodes and calls of a tracked mail, by function (needs Postfix)
+	@$(BIN)/python scripts/bench/bytecodes.py $(ARGS)
 
 bench-smtp: $(STAMP)  ## Measure the SMTP layer alone, beside others and with a smarthost 20 ms away (needs Postfix)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation -c $(CONSTRAINTS) -e '.[bench-smtp]'

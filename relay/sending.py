@@ -13,36 +13,61 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import orjson
 
 from relay import contract
 from relay.bus.service import Handler
-from relay.delivery.outcome import SENT_STATES, Outcome, State
+from relay.delivery.outcome import SENT_STATES, Outcome, Phase, State
 from relay.delivery.smarthost import Smarthost
 from relay.errors import AddressInvalid, SubmissionRejected
 from relay.redaction import without_addresses
-from relay.submission.compose import compose, date_header, new_email_id, new_message_id_header
+from relay.submission.compose import compose, date_header, new_ids
 from relay.submission.mail import Mail
 from relay.submission.policy import Policy, Sender, judge
 from relay.submission.request import SendRequest, decode_send_request
 from relay.tracking.groups import tracking_id
 from relay.tracking.record import rfc3339
-from relay.tracking.tracker import Tracker
+from relay.tracking.tracker import HandedOver, Tracker
 
 log = logging.getLogger("relay.sending")
+
+RELAYED = "mail relayed"
+RELAYED_FIELDS = ("email_id", "group_id", "outcome", "compose_ms", "smtp_ms", "tracking_ms")
+"""The one line that every mail writes, which is why a program may give ``Sending`` a cheaper way to write it."""
+
+
+def _log_relayed(*values: object) -> None:
+    log.info(RELAYED, extra=dict(zip(RELAYED_FIELDS, values, strict=True)), stacklevel=2)
 
 
 class Sending:
     """Answers ``send_email``. One for all requests of a worker; ``answer`` runs in a greenlet per request."""
 
-    def __init__(self, *, policy: Policy, smarthost: Smarthost, tracker: Tracker, configuration_set: str) -> None:
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        smarthost: Smarthost,
+        tracker: Tracker,
+        configuration_set: str,
+        log_relayed: Callable[..., None] = _log_relayed,
+        waited_in_vain: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``log_relayed`` logs ``RELAYED`` with the values of ``RELAYED_FIELDS``; it is called once a mail.
+
+        ``waited_in_vain`` is told of each mail that was deferred before it had a connection.
+        """
         self._policy = policy
         self._smarthost = smarthost
         self._tracker = tracker
         self._configuration_set = configuration_set
+        self._log_relayed = log_relayed
+        self._waited_in_vain = waited_in_vain
         self.counts: Counter[str] = Counter()
         """How many requests ended how: the states of ``Outcome``, ``refused``, and ``not_sent`` on purpose."""
         self.last_error = ""
@@ -50,7 +75,7 @@ class Sending:
 
     def answer(self, payload: bytes, deadline: float) -> bytes:
         """One request, one reply. ``deadline`` (``time.monotonic()``) bounds the attempt up to the final dot."""
-        begun = time.perf_counter()
+        begun = perf_counter()
         try:
             request = decode_send_request(payload)
             sender = judge(request, self._policy)
@@ -66,14 +91,16 @@ class Sending:
         if sender is None:
             return self._answer_unsent()
         mail = self._compose(request, sender)
-        composed = time.perf_counter()
+        composed = perf_counter()
         (outcome,) = self._smarthost.relay(
             mail.reverse_path, mail.forward_paths, mail.content, deadline, partial(self._settle, mail)
         )
-        handed_over = time.perf_counter()
-        if outcome.state in SENT_STATES:
-            self._record(mail, outcome)
-        self._note(mail, outcome, composed - begun, handed_over - composed, time.perf_counter() - handed_over)
+        handed_over = perf_counter()
+        if outcome.phase is Phase.POOL and outcome.state is State.DEFERRED:
+            self._waited_in_vain()
+        elif outcome.state in SENT_STATES:
+            self._tracker.note(_handed_over(mail, outcome))
+        self._note(mail, outcome, composed - begun, handed_over - composed, perf_counter() - handed_over)
         return _sent(mail, outcome) if outcome.state is State.RELAYED else _not_sent(outcome, mail)
 
     def _answer_unsent(self) -> bytes:
@@ -83,9 +110,8 @@ class Sending:
         return _NOTHING_SENT
 
     def _compose(self, request: SendRequest, sender: Sender) -> Mail:
-        email_id = new_email_id()
+        email_id, message_id_header, boundary = new_ids(sender.from_address.domain)
         group_id = request.group_id or email_id
-        message_id_header = new_message_id_header(sender.from_address.domain)
         content = compose(
             sender=sender,
             request=request,
@@ -94,6 +120,7 @@ class Sending:
             tracking_id=tracking_id(group_id, email_id),
             email_id=email_id,
             configuration_set=self._configuration_set,
+            boundary=boundary,
         )
         return Mail(
             email_id=email_id,
@@ -105,9 +132,6 @@ class Sending:
             subject_header=request.subject_header,
             message_id_header=message_id_header,
         )
-
-    def _record(self, mail: Mail, outcome: Outcome) -> None:
-        self._tracker.note(**_tracked(mail, outcome))
 
     def _settle(self, mail: Mail, outcomes: list[Outcome]) -> None:
         """The smarthost has spoken of a mail whose caller was told that it is in doubt: the record says it from now on.
@@ -121,23 +145,24 @@ class Sending:
             return
         self.counts["settled"] += 1
         log.info("mail in doubt settled: %s", without_addresses(outcome.detail[:200]), extra=fields)
-        self._tracker.settle(**_tracked(mail, outcome))
+        self._tracker.settle(_handed_over(mail, outcome))
 
     def _note(self, mail: Mail, outcome: Outcome, compose_s: float, smtp_s: float, tracking_s: float) -> None:
         """Counts and logs: ids, what was said and how long each step took; never an address or content."""
-        self.counts[outcome.state] += 1
-        fields: dict[str, Any] = {
-            "email_id": mail.email_id,
-            "group_id": without_addresses(mail.group_id[:128]),
-            "outcome": outcome.state.value,
-            "compose_ms": round(compose_s * 1000, 2),
-            "smtp_ms": round(smtp_s * 1000, 2),
-            "tracking_ms": round(tracking_s * 1000, 2),
-        }
-        if outcome.state is State.RELAYED:
-            log.info("mail relayed", extra=fields)
+        state = outcome.state
+        self.counts[state] += 1
+        values = (
+            mail.email_id,
+            without_addresses(mail.group_id[:128]),
+            str(state),
+            round(compose_s * 100_000) / 100,
+            round(smtp_s * 100_000) / 100,
+            round(tracking_s * 100_000) / 100,
+        )
+        if state is State.RELAYED:
+            self._log_relayed(*values)
         else:
-            self._note_failure(outcome, fields)
+            self._note_failure(outcome, dict(zip(RELAYED_FIELDS, values, strict=True)))
 
     def _note_failure(self, outcome: Outcome, fields: dict[str, Any]) -> None:
         said = without_addresses(outcome.detail[:200])
@@ -145,19 +170,10 @@ class Sending:
         log.warning("mail not relayed: %s", said, extra=fields | {"reply_code": outcome.reply_code})
 
 
-def _tracked(mail: Mail, outcome: Outcome) -> dict[str, Any]:
+def _handed_over(mail: Mail, outcome: Outcome) -> HandedOver:
     """What the tracker is told of a mail that was handed over, or whose fate is known at last."""
-    is_relayed = outcome.state is State.RELAYED
-    return {
-        "email_id": mail.email_id,
-        "group_id": mail.group_id,
-        "to": mail.to,
-        "subject_header": mail.subject_header,
-        "at": time.time(),
-        "is_relayed": is_relayed,
-        "outcome": "" if is_relayed else outcome.state.value,
-        "remote_id": outcome.remote_id,
-    }
+    said = "" if outcome.state is State.RELAYED else outcome.state.value
+    return HandedOver(mail.email_id, mail.group_id, mail.to, mail.subject_header, time.time(), said, outcome.remote_id)
 
 
 def _refused(refusal: SubmissionRejected) -> bytes:

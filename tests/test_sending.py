@@ -20,7 +20,7 @@ from relay.bus.kv import Bucket
 from relay.bus.service import Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.delivery.smarthost import Smarthost
-from relay.sending import Sending, send_handler
+from relay.sending import RELAYED, RELAYED_FIELDS, Sending, send_handler
 from relay.submission.admission import Admission
 from relay.submission.policy import Policy
 from relay.tracking.log import Log
@@ -45,7 +45,12 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
     """Makes the job with all its real parts."""
     smarthosts: list[Smarthost] = []
 
-    def make(configuration_set: str = "", dot_seconds: float = 0.5, **policy: Any) -> Sending:
+    def make(
+        configuration_set: str = "",
+        dot_seconds: float = 0.5,
+        log_relayed: Callable[..., None] | None = None,
+        **policy: Any,
+    ) -> Sending:
         config = SmarthostConfig(
             hosts=(Host("127.0.0.1", smtp.port),),
             tls="off",
@@ -69,6 +74,7 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
             smarthost=smarthost,
             tracker=tracker,
             configuration_set=configuration_set,
+            **({"log_relayed": log_relayed} if log_relayed else {}),
         )
 
     yield make
@@ -103,6 +109,30 @@ def test_a_relayed_mail(new_sending: Callable[..., Sending], smtp: ScriptedSmtp,
     assert record is not None
     assert record["remote_id"] == "0100018c-ses-id-000000"
     assert Log(jetstream).counts("sending-1") == {"sent": 1}
+
+
+def test_the_line_of_a_relayed_mail(
+    new_sending: Callable[..., Sending], smtp: ScriptedSmtp, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines: list[dict[str, Any]] = []
+    caplog.set_level("INFO", "relay.sending")
+    sending = new_sending(log_relayed=lambda *values: lines.append(dict(zip(RELAYED_FIELDS, values, strict=True))))
+    for each in (new_sending(), sending):
+        reply = ask(each, MAIL | {"group_id": "someone@example.com " + "g" * 200})
+    (record,) = [record for record in caplog.records if record.message == RELAYED]
+    assert lines[0]["email_id"] == reply["email_id"]
+    for told in (*lines, vars(record)):
+        assert told["group_id"] == "som****@example.com " + "g" * 108
+        assert told["outcome"] == "relayed"
+        assert type(told["outcome"]) is str
+        for step in ("compose_ms", "smtp_ms", "tracking_ms"):
+            assert 0 < told[step] < 1000
+            assert told[step] == round(told[step], 2)
+    # What is not relayed is a line of its own kind.
+    smtp.change({"rcpt": say("550 5.1.1 no such user")})
+    ask(sending, MAIL)
+    assert len(lines) == 1
+    assert "mail not relayed" in caplog.text
 
 
 def test_the_headers_for_ses(new_sending: Callable[..., Sending], smtp: ScriptedSmtp) -> None:

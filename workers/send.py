@@ -10,10 +10,11 @@ from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.delivery.smarthost import Smarthost
 from relay.ops.figures import micro_service, send_figures
+from relay.ops.logs import frequent_line
 from relay.ops.parts import policy, service, smarthost_config, storage_config
 from relay.ops.process import Context, run
 from relay.ops.waiting import wait_for_smarthost
-from relay.sending import Sending, send_handler
+from relay.sending import RELAYED, RELAYED_FIELDS, Sending, log, send_handler
 from relay.submission.admission import Admission
 from relay.tracking.tracker import Tracker
 
@@ -35,13 +36,15 @@ class SendWorker:
             settings.tracking_ack_seconds,
             on_change=lambda why: context.presence.note("tracking", f"tracking is off: {why}" if why else ""),
         )
+        gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, settings.smtp_pool_size)
         sending = Sending(
             policy=rules,
             smarthost=self._smarthost,
             tracker=self._tracker,
             configuration_set=settings.ses_configuration_set,
+            log_relayed=frequent_line(log, RELAYED, RELAYED_FIELDS),
+            waited_in_vain=gate.waited_in_vain,
         )
-        gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, settings.smtp_pool_size)
         served = self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
         self._micro_service = micro_service(
             context, [served], lambda: send_figures(sending, served, gate, self._smarthost, self._tracker)

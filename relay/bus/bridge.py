@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 import gevent
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 from gevent.hub import Waiter
 from gevent.monkey import get_original
 
@@ -56,6 +56,7 @@ class HubSelector(_KernelSelector):  # type: ignore[misc]
         self._watcher = self._hub.loop.io(self.fileno(), 1)
         self._waiter: Waiter | None = None
         self._turns = 0
+        self._waiting_for_silence: list[Callable[[], object]] = []
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """As ``selectors.BaseSelector.select``; other greenlets run while nothing is ready."""
@@ -76,7 +77,14 @@ class HubSelector(_KernelSelector):  # type: ignore[misc]
         if waiter is not None:
             self._hub.loop.run_callback(waiter.switch, None)
 
+    def when_silent(self, then: Callable[[], object]) -> None:
+        """Has ``then`` called as soon as nothing is ready; it must not block. Never switches."""
+        self._waiting_for_silence.append(then)
+        self.wake()  # what was not ready when it was last looked at may be now
+
     def _wait(self, timeout: float | None) -> None:
+        while self._waiting_for_silence:
+            self._waiting_for_silence.pop()()
         waiter = self._waiter = Waiter()
         self._watcher.start(self.wake)
         timer = self._hub.loop.timer(timeout) if timeout is not None else None
@@ -133,6 +141,12 @@ class Bridge:
         self._is_woken = False
         while self._posted:
             self._posted.popleft()()
+
+    def let_read(self, timeout_seconds: float) -> None:
+        """Blocks this greenlet until the loop has taken all that has come over its sockets, at most so long."""
+        is_read = Event()
+        self._selector.when_silent(is_read.set)
+        is_read.wait(timeout_seconds)
 
     def call(self, coroutine: Coroutine[Any, Any, T], timeout_seconds: float) -> T:
         """Runs ``coroutine`` in the loop and blocks this greenlet for its result.

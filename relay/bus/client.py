@@ -65,12 +65,11 @@ class Bus:
         self._bridge.post(self._begin)
 
     def _begin(self) -> None:
-        self._tasks = [asyncio.create_task(self._connection.stay()), asyncio.create_task(self._outbox.write())]
-        for task in self._tasks:
-            task.add_done_callback(self._task_ended)
+        self._staying = asyncio.create_task(self._connection.stay())
+        self._staying.add_done_callback(self._stayed)
 
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        """Neither task ends by itself: without it nothing would be sent any more, so the process has to end."""
+    def _stayed(self, task: asyncio.Task[None]) -> None:
+        """The task does not end by itself: without it a lost connection would stay lost, so the process has to end."""
         if self._is_closing or task.cancelled() or (error := task.exception()) is None:
             return
         log.critical("the bus has died of %r", error, exc_info=error)
@@ -95,7 +94,7 @@ class Bus:
     @property
     def max_payload_bytes(self) -> int:
         """What the server takes, headers and payload together."""
-        return int(self._nc.max_payload)
+        return self._connection.nc.max_payload
 
     @property
     def server_version(self) -> str:
@@ -149,9 +148,7 @@ class Bus:
         """
 
         async def barrier() -> None:
-            while not self._outbox.is_empty:
-                await asyncio.sleep(0.001)
-            await asyncio.sleep(0)
+            self._outbox.write()  # the PING goes past what still waits in the client
             await self._nc.flush(timeout=timeout_seconds)  # type: ignore[arg-type]
 
         try:
@@ -171,6 +168,13 @@ class Bus:
     def unsubscribe(self, token: int, timeout_seconds: float = 5.0) -> None:
         """Ends a subscription: when it returns, every message that the server had sent was handed over."""
         self._subscriptions.unsubscribe(token, timeout_seconds)
+
+    def let_read(self, timeout_seconds: float) -> None:
+        """Blocks until all that has come from NATS was read, at most so long: for who will keep the processor for long.
+
+        NATS cuts off who leaves more than its ``max_pending`` (64 MB) unread, and what it had for them is lost.
+        """
+        self._bridge.let_read(timeout_seconds)
 
     # -- publish ---------------------------------------------------------------------------
     def publish(self, publication: Publication, reply_subject: str = "") -> None:

@@ -98,10 +98,7 @@ class JetStream:
         ``RevisionConflict`` is the answer to a wrong ``Nats-Expected-Last-Subject-Sequence``. Never raises.
         """
         answers = self._bus.request_all(publications, self._seconds(timeout_seconds))
-        return [
-            answer if isinstance(answer, Exception) else acknowledgement(answer, publication)
-            for publication, answer in zip(publications, answers, strict=True)
-        ]
+        return list(map(acknowledgement, answers, publications))
 
     def delete_msg(self, stream: str, sequence: int, timeout_seconds: float | None = None) -> bool:
         """Deletes one message and overwrites its bytes; False when the stream has no such message (any more).

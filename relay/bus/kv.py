@@ -20,6 +20,7 @@ import gevent
 
 from relay.bus.client import Publication, seconds_left
 from relay.bus.jetstream import EXPECTED_LAST_SUBJECT_SEQUENCE, PAGE_LIMIT, JetStream
+from relay.bus.messages import FixedHeaders
 from relay.bus.stored import Stored, StoredMsg
 from relay.errors import BusUnavailable, RevisionConflict
 
@@ -184,4 +185,4 @@ class Bucket:
         return Entry(found.nats_subject.removeprefix(self._prefix), found.payload, found.sequence)
 
 
-_MUST_NOT_EXIST = {EXPECTED_LAST_SUBJECT_SEQUENCE: "0"}
+_MUST_NOT_EXIST = FixedHeaders({EXPECTED_LAST_SUBJECT_SEQUENCE: "0"})

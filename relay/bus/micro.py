@@ -15,7 +15,8 @@ from typing import Any, Final
 import orjson
 
 from relay.bus.client import Bus, Msg, Publication
-from relay.bus.service import ReplyRule, Service
+from relay.bus.messages import ReplyRule
+from relay.bus.service import Service
 
 NAME: Final = "email-service"
 VERBS: Final = ("PING", "INFO", "STATS")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import nats.aio.client
 import nats.errors
 import nats.protocol.parser
 from nats.aio.client import Client
 
-from relay.bus.messages import NO_HEADERS, Msg, Publication
+from relay.bus.messages import NO_HEADERS, FixedHeaders, Msg, Publication, header_block
 from relay.errors import BusRefused, BusUnavailable
 
 log = logging.getLogger("relay.bus")
@@ -24,8 +25,22 @@ CONNECT_TIMEOUT_SECONDS = 5
 PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
 
 
+READ_BYTES = 256 * 1024
+"""At a time. nats-py's 32 KiB hold eight mails: each piece costs a turn of the loop, and mostly cuts a mail in two."""
+
+nats.aio.client.DEFAULT_BUFFER_SIZE = READ_BYTES  # it is no option; whatever else it sizes there reads as well
+
 LONGEST_LINE_BYTES = 1024 * 1024
 """Of the server's own: it lists a whole cluster in INFO."""
+
+_MSG = re.compile(rb"MSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+)\r\n")
+"""``MSG subject sid [reply] size``; a space alone parts two words."""
+
+_HMSG = re.compile(rb"HMSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+) (\d+)\r\n")
+"""``HMSG subject sid [reply] header-size size``; the size is that of header fields and payload together."""
+
+
+_NO_TEXT = "dropped a message on %.100r that cannot be decoded: %s"
 
 
 class _Parser(nats.protocol.parser.Parser):
@@ -34,7 +49,10 @@ class _Parser(nats.protocol.parser.Parser):
     It tries one regular expression after the other at the head of a buffer that it shortens with every message; this
     walks along the buffer, and splits the control line where the server ends a token: at a space only. (Any white space
     ends one in nats-py, and a reply subject with a vertical tab, which any caller may send, breaks the connection.)
+    A message without header fields, as most are, goes to its handler without a coroutine.
     """
+
+    nc: TamedClient
 
     def reset(self) -> None:
         super().reset()
@@ -51,34 +69,44 @@ class _Parser(nats.protocol.parser.Parser):
                 return
             data = bytes(self._rest)
             self._rest.clear()
-        here, end, resets = 0, len(data), self._resets
+        here, end, resets, nc = 0, len(data), self._resets, self.nc
+        match, handlers = _MSG.match, nc.handlers
         self._needed_bytes = 0
         while here < end:
-            line_end = data.find(b"\r\n", here)
-            if line_end < 0:
-                if end - here > LONGEST_LINE_BYTES:
-                    raise nats.errors.ProtocolError("nats: a control line without an end")
-                break
-            has_headers = data.startswith(b"HMSG ", here)
-            if has_headers or data.startswith(b"MSG ", here):
-                args = data[here:line_end].split(b" ")
-                begin = line_end + 2
-                try:
-                    size_bytes = int(args[-1])
-                    headers_end = begin + int(args[-2]) if has_headers else begin
-                    sid = int(args[2])
-                    reply = args[3] if len(args) == (6 if has_headers else 5) else b""
-                except (ValueError, IndexError) as error:
-                    raise nats.errors.ProtocolError("nats: malformed MSG") from error
-                if begin + size_bytes + 2 > end:
-                    self._needed_bytes = begin + size_bytes + 2 - here
+            if (found := match(data, here)) is not None:
+                nats_subject, sid, reply, size_bytes = found.groups()
+                begin = found.end()
+                payload_end = begin + int(size_bytes)
+                if payload_end + 2 > end:
+                    self._needed_bytes = payload_end + 2 - here
                     break
-                here = begin + size_bytes + 2
-                headers = data[begin:headers_end] if has_headers else b""
-                await self.nc._process_msg(sid, args[1], reply, data[headers_end : here - 2], headers)
+                here = payload_end + 2
+                if (handler := handlers.get(int(sid))) is not None:
+                    nc.pass_on(handler, nats_subject, reply, data[begin:payload_end], NO_HEADERS)
+                    continue
+                await nc._process_msg(int(sid), nats_subject, reply or b"", data[begin:payload_end], b"")
+            elif (found := _HMSG.match(data, here)) is not None:
+                nats_subject, sid, reply, headers_bytes, size_bytes = found.groups()
+                begin = found.end()
+                payload_at, payload_end = begin + int(headers_bytes), begin + int(size_bytes)
+                if payload_at > payload_end:
+                    raise nats.errors.ProtocolError("nats: malformed MSG")
+                if payload_end + 2 > end:
+                    self._needed_bytes = payload_end + 2 - here
+                    break
+                here = payload_end + 2
+                headers, payload = data[begin:payload_at], data[payload_at:payload_end]
+                await nc._process_msg(int(sid), nats_subject, reply or b"", payload, headers)
             else:
-                self.buf += data[here : line_end + 2]
-                here = line_end + 2
+                line_end = data.find(b"\r\n", here) + 2
+                if line_end < 2:
+                    if end - here > LONGEST_LINE_BYTES:
+                        raise nats.errors.ProtocolError("nats: a control line without an end")
+                    break
+                if data.startswith((b"MSG ", b"HMSG "), here):
+                    raise nats.errors.ProtocolError("nats: malformed MSG")
+                self.buf += data[here:line_end]
+                here = line_end
                 await super().parse()
             if self._resets != resets:  # the connection ended meanwhile
                 return
@@ -91,72 +119,99 @@ class TamedClient(Client):
     nats-py decodes reply subjects and headers strictly, outside any handler: a caller who sends a byte that is no
     UTF-8 ends its read loop, and the client stays "connected" and deaf until pings are missed. It puts each message
     into a queue for a task of its subscription, and makes coroutines of each publication; here a handler gets the
-    message as it is read, and a publication is bytes in the list that nats-py's flusher writes.
+    message as it is read, and publications are bytes that go to the transport in one write. nats-py's ``stats`` count
+    neither.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._ps = _Parser(self)
-        self._handlers: dict[int, Callable[[Msg], None]] = {}
+        self.handlers: dict[int, Callable[[Msg], None]] = {}
+        """Of which subscription, by nats-py's number for it."""
+        self._unsent: list[bytes] = []
 
     def hand_over(self, sid: int, handler: Callable[[Msg], None]) -> None:
         """From now on ``handler`` gets a subscription's messages at once; it must not block."""
-        self._handlers[sid] = handler
+        self.handlers[sid] = handler
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         super()._remove_sub(sid, max_msgs)
         if sid not in self._subs:
-            self._handlers.pop(sid, None)
+            self.handlers.pop(sid, None)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        handler = self._handlers.get(sid)
+        handler = self.handlers.get(sid)
         try:
             if handler is None:
                 await super()._process_msg(sid, subject, reply, data, headers)
                 return
             found = await self._process_headers(headers) if headers else None
-            msg = Msg(subject.decode(), reply.decode(), data, found or NO_HEADERS)
         except (OSError, nats.errors.Error):
             raise
         except Exception as error:  # noqa: BLE001 - the boundary of one message, whatever is in it
-            log.warning("dropped a message on %.100r that cannot be decoded: %s", subject, error)
+            log.warning(_NO_TEXT, subject, error)
             return
-        self.stats["in_msgs"] += 1
-        self.stats["in_bytes"] += len(data)
+        self.pass_on(handler, subject, reply, data, found or NO_HEADERS)
+
+    def pass_on(
+        self,
+        handler: Callable[[Msg], None],
+        subject: bytes,
+        reply: bytes | None,
+        payload: bytes,
+        headers: Mapping[str, str],
+    ) -> None:
+        """Gives a handler its message; whatever comes of that, the connection goes on."""
+        try:
+            msg = Msg(subject.decode(), reply.decode() if reply else "", payload, headers)
+        except UnicodeDecodeError as error:
+            log.warning(_NO_TEXT, subject, error)
+            return
         try:
             handler(msg)
         except Exception:
             log.exception("a message on %.100r could not be handed over", subject)
 
     def put(self, publication: Publication, reply_subject: str) -> None:
-        """Queues a publication for the next ``send``. Raises ``BusUnavailable``, ``BusRefused`` (413: too large)."""
+        """Keeps a publication for the next ``send``; never switches greenlets.
+
+        Raises ``BusUnavailable``, and ``BusRefused``: 413 when it is too large, 400 when it is no text.
+        """
         if not self.is_connected:
             raise BusUnavailable("NATS: not connected")
         nats_subject, payload, headers = publication
-        if headers:
-            lines = [f"{name}: {value}" for name, value in headers.items()]
-            if any("\n" in line or "\r" in line for line in lines):
-                raise BusRefused(f"a header field of a message to {nats_subject} holds a line end", 400)
-            block = "\r\n".join(["NATS/1.0", *lines, "\r\n"]).encode()
-            size_bytes = len(block) + len(payload)
-            command = f"HPUB {nats_subject} {reply_subject} {len(block)} {size_bytes}\r\n".encode() + block
-        else:
-            size_bytes = len(payload)
-            command = f"PUB {nats_subject} {reply_subject} {size_bytes}\r\n".encode()
+        size_bytes = len(payload)
+        try:
+            if headers:
+                block = headers.block if type(headers) is FixedHeaders else header_block(headers)
+                size_bytes += len(block)
+                command = f"HPUB {nats_subject} {reply_subject} {len(block)} {size_bytes}\r\n".encode() + block
+            else:
+                command = f"PUB {nats_subject} {reply_subject} {size_bytes}\r\n".encode()
+        except ValueError as error:
+            raise BusRefused(f"a message to {nats_subject!r} cannot be written: {error}", 400) from error
         if size_bytes > self._max_payload:
             raise BusRefused(
                 f"a message of {size_bytes} bytes exceeds the server's max_payload of {self._max_payload}", 413
             )
-        command = b"%b%b\r\n" % (command, payload)
-        self._pending.append(command)
-        self._pending_data_size += len(command)
-        self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += size_bytes
+        self._unsent += (command, payload, b"\r\n")
 
-    async def send(self) -> None:
-        """Has what was put written soon. Does not wait for it."""
-        if self._flush_queue is not None and self._flush_queue.empty():
-            await self._flush_pending()
+    def send(self) -> int:
+        """Writes what was put, after what nats-py itself has to write. Never waits: the transport keeps what is left.
+
+        How many publications are dropped, since the connection was lost meanwhile: none is for a later connection.
+        A write that fails ends the connection, and nats-py's reader finds that out.
+        """
+        unsent, self._unsent = self._unsent, []
+        if not self.is_connected or self._transport is None:
+            return len(unsent) // 3
+        if self._pending:
+            unsent = [*self._pending, *unsent]
+            self._pending = []
+            self._pending_data_size = 0
+        if unsent:
+            self._transport.writelines(unsent)
+        return 0
 
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:

@@ -20,12 +20,18 @@ import gevent
 from gevent import get_hub, getcurrent
 from gevent.event import Event
 
-from relay.bus.client import Bus, Msg, Publication, is_plain_subject
+from relay.bus.client import Bus, Msg, Publication
+from relay.bus.messages import ReplyRule
 from relay.redaction import without_addresses
 
 log = logging.getLogger("relay.bus")
 
 MAX_RESTING = 100
+LARGE_BYTES = 65_536
+"""Before a request of this size is begun, NATS is read: one of 1 MB takes 10 ms to decode and to compose, and dozens of
+them in a row would keep the bus from reading for so long that NATS cuts it off, and loses what it had for it."""
+LET_READ_SECONDS = 0.2
+"""Should NATS send without a pause."""
 
 
 class Gate(Protocol):
@@ -75,12 +81,15 @@ class Service:
         self._patience_seconds = patience_seconds
         self._reply_rule = ReplyRule(reply_prefixes, bus.inbox_prefix)
         self._todo: deque[tuple[Msg, float]] = deque()
+        self._large: deque[tuple[Msg, float]] = deque()
+        """Large requests that are not begun."""
+        self._is_feeding = False
         self._resting: list[Any] = []
         """Greenlets that wait for the next request."""
         self._token: int | None = None
         self._is_serving = False
-        self._nothing_in_hand = Event()
-        self._nothing_in_hand.set()
+        self._nothing_in_hand: Event | None = None
+        """Of who waits for that."""
         self._busy_seconds = 0.0
         self.in_hand = 0
         self.answered = 0
@@ -127,7 +136,10 @@ class Service:
 
     def wait_answered(self, timeout_seconds: float) -> int:
         """Blocks until every request in hand is answered; returns how many are left at the deadline."""
-        self._nothing_in_hand.wait(timeout_seconds)
+        if self.in_hand:
+            if self._nothing_in_hand is None:
+                self._nothing_in_hand = Event()
+            self._nothing_in_hand.wait(timeout_seconds)
         return self.in_hand
 
     def _on_msg(self, msg: Msg) -> None:
@@ -146,12 +158,27 @@ class Service:
             self._reply(msg.reply_subject, self._handler.overloaded)
             return
         self.in_hand += 1
-        self._nothing_in_hand.clear()
-        self._todo.append((msg, now + self._patience_seconds))
+        if len(msg.payload) < LARGE_BYTES:
+            self._begin(msg, now + self._patience_seconds)
+            return
+        self._large.append((msg, now + self._patience_seconds))
+        if not self._is_feeding:
+            self._is_feeding = True
+            gevent.spawn(self._feed)
+
+    def _begin(self, msg: Msg, deadline: float) -> None:
+        self._todo.append((msg, deadline))
         if self._resting:
             get_hub().loop.run_callback(self._resting.pop().switch)
         else:
             gevent.spawn(self._work)
+
+    def _feed(self) -> None:
+        """Begins the large requests one by one, and has the bus read before each."""
+        while self._large:
+            self._bus.let_read(LET_READ_SECONDS)
+            self._begin(*self._large.popleft())
+        self._is_feeding = False
 
     def _work(self) -> None:
         """One greenlet's life: request after request. A new greenlet for each would cost 16 KB of fresh memory each."""
@@ -178,8 +205,9 @@ class Service:
             self._reply(msg.reply_subject, reply)
             self.answered += 1
             self.in_hand -= 1
-            if not self.in_hand:
+            if self._nothing_in_hand is not None and not self.in_hand:
                 self._nothing_in_hand.set()
+                self._nothing_in_hand = None
 
     def _reply(self, reply_subject: str, reply: bytes) -> None:
         if not reply_subject:
@@ -187,19 +215,3 @@ class Service:
         if len(reply) > self._bus.max_payload_bytes:
             reply = self._handler.too_large
         self._bus.publish(Publication(reply_subject, reply))
-
-
-class ReplyRule:
-    """Where replies may go: plain subjects under one of ``prefixes``, and never our own inbox."""
-
-    def __init__(self, prefixes: tuple[str, ...], own_inbox: str) -> None:
-        self._prefixes = tuple(f"{prefix}." for prefix in prefixes)
-        self._own_inbox = own_inbox
-
-    def allows(self, nats_subject: str) -> bool:
-        """Whether a reply may go to ``nats_subject``."""
-        return (
-            nats_subject.startswith(self._prefixes)
-            and not nats_subject.startswith(self._own_inbox)
-            and is_plain_subject(nats_subject)
-        )

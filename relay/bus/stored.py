@@ -125,24 +125,32 @@ def json_object(payload: bytes) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise BusUnavailable("JetStream answered something that is not a JSON object")
     if (problem := answer.get("error")) is not None:
-        code = int(problem.get("err_code", problem.get("code", 0)))
-        text = f"JetStream: {problem.get('description', 'refused')}"
-        raise BusUnavailable(text) if code in NOT_READY else BusRefused(text, code)
+        raise _refusal(problem)
     return answer
 
 
-def acknowledgement(msg: Msg, publication: Publication) -> Stored | BusUnavailable | BusRefused:
-    """The answer to a publication that a stream was to store, errors as values."""
-    if msg.status:
-        return BusRefused(
-            f"no stream takes {publication.nats_subject}" if msg.status == "503" else msg.status, int(msg.status)
-        )
+def _refusal(problem: Mapping[str, Any]) -> BusUnavailable | BusRefused:
+    """What an answer says under ``error``."""
+    code = int(problem.get("err_code", problem.get("code", 0)))
+    text = f"JetStream: {problem.get('description', 'refused')}"
+    return BusUnavailable(text) if code in NOT_READY else BusRefused(text, code)
+
+
+def acknowledgement(
+    answer: Msg | BusUnavailable | BusRefused, publication: Publication
+) -> Stored | BusUnavailable | BusRefused:
+    """What became of a publication that a stream was to store, errors as values."""
+    if not isinstance(answer, Msg):
+        return answer
+    if status := answer.headers.get("Status"):
+        return BusRefused(f"no stream takes {publication.nats_subject}" if status == "503" else status, int(status))
     try:
-        answer = json_object(msg.payload)
-        return Stored(str(answer["stream"]), int(answer["seq"]), bool(answer.get("duplicate", False)))
-    except BusRefused as error:
-        if error.code in {WRONG_LAST_SEQUENCE, WRONG_LAST_SEQUENCE_IN_FLIGHT}:
-            return RevisionConflict(str(error), error.code)
-        return error
-    except BusUnavailable as error:
-        return error
+        told = orjson.loads(answer.payload)
+        if "error" not in told:
+            return Stored(told["stream"], told["seq"], told.get("duplicate", False))
+        refusal = _refusal(told["error"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return BusUnavailable("JetStream answered something that is no acknowledgement")
+    if isinstance(refusal, BusRefused) and refusal.code in {WRONG_LAST_SEQUENCE, WRONG_LAST_SEQUENCE_IN_FLIGHT}:
+        return RevisionConflict(str(refusal), refusal.code)
+    return refusal

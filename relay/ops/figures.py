@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 from relay import __version__
 from relay.bus.micro import MicroService
 from relay.bus.service import Gate, Service
-from relay.delivery.smarthost import Smarthost
-from relay.engagement import Engagement
 from relay.ops.process import Context
-from relay.sending import Sending
-from relay.tracking.tracker import Tracker
 
-if TYPE_CHECKING:  # it brings boto3, which the other workers do without
+if (
+    TYPE_CHECKING
+):  # a worker loads only the parts that it has: another's cost it time to start, and memory (boto3: 20 MB)
+    from relay.delivery.smarthost import Smarthost
+    from relay.engagement import Engagement
     from relay.ops.polling import Polling
+    from relay.sending import Sending
+    from relay.tracking.tracker import Tracker
 
 POLLED = ("received", "deleted", "undeleted", "left", "extended", "broken", "receive_failures")
 OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")

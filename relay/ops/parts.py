@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from relay import contract
 from relay.bus.service import Gate, Handler, Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
-from relay.engagement import EngagementConfig
 from relay.ops.process import Context
 from relay.settings import Settings
 from relay.submission.policy import Policy
@@ -16,6 +15,7 @@ from relay.tracking.storage import StorageConfig
 
 if TYPE_CHECKING:
     from relay.aws.sqs import QueueConfig
+    from relay.engagement import EngagementConfig
 
 
 def policy(settings: Settings) -> Policy:
@@ -70,6 +70,9 @@ def storage_config(settings: Settings) -> StorageConfig:
 
 def engagement_config(settings: Settings) -> EngagementConfig:
     """How events are handled."""
+    # Here, as below: what understands and folds events is of no use to the other workers.
+    from relay.engagement import EngagementConfig
+
     return EngagementConfig(settings.engagement_early_seconds, storage_config(settings))
 
 

@@ -29,7 +29,11 @@ TEXT_LIMIT_CHARACTERS: Final = 10_000  # name and comments included: a payload f
 
 # No possessive quantifiers: CPython before 3.11.5 matches `(?:...)*+` wrongly. None is needed, no two parts overlap.
 _ATEXT: Final = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-"
-_PLAIN: Final = re.compile(rf"([{_ATEXT}]+(?:\.[{_ATEXT}]+)*)@((?:[A-Za-z0-9_-]{{1,63}}\.)*[A-Za-z0-9_-]{{1,63}})")
+# The address of nearly every mail: a local part of at most 64 octets with nothing of an encoded word in it.
+_PLAIN: Final = re.compile(
+    rf"(?=[^@]{{1,64}}@)(?![^@]*=\?)"
+    rf"([{_ATEXT}]+(?:\.[{_ATEXT}]+)*)@((?:[A-Za-z0-9_-]{{1,63}}\.)*[A-Za-z0-9_-]{{1,63}})"
+)
 _SPACE: Final = re.compile(r"[ \t]*")
 _ATOM: Final = re.compile(rf"[{_ATEXT}.\x80-\U0010ffff]+")
 _DOT_ATOM: Final = re.compile(rf"[{_ATEXT}\x80-\U0010ffff]+(?:\.[{_ATEXT}\x80-\U0010ffff]+)*")
@@ -67,8 +71,7 @@ def parse_address(text: str) -> Address:
     """
     if len(text) <= PATH_LIMIT_BYTES and (plain := _PLAIN.fullmatch(text)):
         local_part, domain = plain.groups()
-        if len(local_part) <= LOCAL_PART_LIMIT_BYTES and "=?" not in local_part:
-            return Address("", local_part, domain.lower())
+        return Address("", local_part, domain.lower())
     if len(text) > TEXT_LIMIT_CHARACTERS:
         raise AddressInvalid(f"the address and its name are longer than {TEXT_LIMIT_CHARACTERS} characters")
     addresses = _Parser(text).addresses()

@@ -1,7 +1,7 @@
 """Back-pressure: whether a request is taken, or answered ``overloaded`` at once. Pure; time is passed in.
 
 A request is refused when the backlog is full, or when it would wait longer than its deadline allows:
-backlog ÷ recent rate. The rate is what was finished while there was a backlog to work on (a rate
+backlog ÷ recent rate. The rate is what was served while there was a backlog to work on (a rate
 measured in quiet times says how much was asked, not how much can be done), so in the first second of a
 busy spell nothing is known and everything that fits the backlog is taken: a burst that can be served in
 time is served.
@@ -26,22 +26,34 @@ class Admission:
         self._busy_since: float | None = None
         self._finished = 0
         self._ticks: deque[tuple[float, int]] = deque()
+        self._next_tick_at = 0.0
         self.backlog = 0
         self.backlog_bytes = 0
 
     def take(self, now: float, size_bytes: int, patience_seconds: float) -> bool:
         """Whether the request is taken. If so, ``finish`` must follow."""
-        if self.backlog >= self._limit or self.backlog_bytes + size_bytes > self._limit_bytes:
+        backlog = self.backlog
+        backlog_bytes = self.backlog_bytes + size_bytes
+        if backlog >= self._limit or backlog_bytes > self._limit_bytes:
             return False
-        if self._busy_since is not None and self.predicted_wait_seconds(now) > patience_seconds:
+        if self._busy_since is None:
+            if backlog >= self._busy_above:  # the one too many
+                self._busy_since = now
+                self._ticks.clear()
+                self._tick(now)
+        elif self.predicted_wait_seconds(now) > patience_seconds:
             return False
-        self.backlog += 1
-        self.backlog_bytes += size_bytes
-        if self._busy_since is None and self.backlog > self._busy_above:
-            self._busy_since = now
-            self._ticks.clear()
-            self._ticks.append((now, self._finished))
+        self.backlog = backlog + 1
+        self.backlog_bytes = backlog_bytes
         return True
+
+    def waited_in_vain(self) -> None:
+        """One that was taken never had its turn; ``finish`` follows.
+
+        It says nothing about what can be done. Counted as served, those who give up would make room for as many more
+        who wait in vain, until all that is asked for is taken and half of it, or more, is too late.
+        """
+        self._finished -= 1
 
     def finish(self, now: float, size_bytes: int) -> None:
         """A request that was taken is answered."""
@@ -52,10 +64,14 @@ class Admission:
             return
         if self.backlog <= self._busy_above:
             self._busy_since = None
-        elif now - self._ticks[-1][0] >= TICK_SECONDS:
-            self._ticks.append((now, self._finished))
-            while now - self._ticks[0][0] > WINDOW_SECONDS:
-                self._ticks.popleft()
+        elif now >= self._next_tick_at and self._finished > self._ticks[-1][1]:
+            self._tick(now)
+
+    def _tick(self, now: float) -> None:
+        self._ticks.append((now, self._finished))
+        self._next_tick_at = now + TICK_SECONDS
+        while now - self._ticks[0][0] > WINDOW_SECONDS:
+            self._ticks.popleft()
 
     def predicted_wait_seconds(self, now: float) -> float:
         """How long a request that came now would wait; 0 while nothing is known."""

@@ -13,6 +13,7 @@ import re
 from typing import Final
 
 LINE_LIMIT_BYTES: Final = 998
+_WITH_LINE_END: Final = LINE_LIMIT_BYTES + 1
 
 _BASE64_LINE: Final = 76
 # b2a_qp encodes a blank at the end of a line after it has measured the line: up to 77 octets, where RFC 2045 has 76.
@@ -29,7 +30,8 @@ def encode_body(text: str) -> tuple[str, bytes]:
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text.isascii() and "\x00" not in text and has_short_lines(text):
-        return "7bit", text.replace("\n", "\r\n").encode() + b"\r\n"
+        # Octets, in which CPython replaces at twice the speed.
+        return "7bit", text.encode().replace(b"\n", b"\r\n") + b"\r\n"
 
     data = text.encode("utf-8", "replace")
     # A character of n octets adds n - 1 here and costs 3n octets in quoted-printable; n is at most 4.
@@ -52,11 +54,11 @@ def encode_body(text: str) -> tuple[str, bytes]:
 def has_short_lines(text: str) -> bool:
     """Whether no line of ``text`` (line ends: LF) exceeds 998 characters. Cheap: it looks only near every 998th."""
     start = 0
-    while len(text) - start > LINE_LIMIT_BYTES:
-        line_end = text.rfind("\n", start, start + LINE_LIMIT_BYTES + 1)
-        if line_end < 0:
+    last_line = len(text) - LINE_LIMIT_BYTES  # whatever begins here or later is short
+    while start < last_line:
+        start = text.rfind("\n", start, start + _WITH_LINE_END) + 1
+        if not start:  # no line end was found
             return False
-        start = line_end + 1
     return True
 
 

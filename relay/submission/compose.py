@@ -4,7 +4,7 @@ Owns which fields a mail has and in what order, and the ids and dates that go in
 field is ``header``'s, how a text becomes a part is ``body``'s. Dot-stuffing, and SMTPUTF8 for a local part in
 UTF-8, are left to delivery.
 
-It builds the bytes itself: the standard library's ``email`` takes more than a millisecond for what takes 8 µs
+It builds the bytes itself: the standard library's ``email`` takes more than a millisecond for what takes 5 µs
 here (4 KB of ASCII). Its parser is what the tests check this against.
 """
 
@@ -13,16 +13,47 @@ from __future__ import annotations
 import os
 import time
 from functools import lru_cache
+from operator import itemgetter
 from typing import Final
 
 from relay import contract
 from relay.submission import header
+from relay.submission.address import Address
 from relay.submission.body import encode_body
 from relay.submission.policy import Sender
 from relay.submission.request import SendRequest
 
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+# A mail is filled in at once, which costs half of what putting it together line by line does.
+_HEAD: Final = (
+    "%(from_field)s\r\n"
+    "%(to_field)s\r\n"
+    "%(reply_to_field)s"
+    "%(subject_field)s\r\n"
+    "Date: %(date)s\r\n"
+    "Message-ID: %(message_id)s\r\n"
+    "%(ses_fields)s"
+    f"{contract.TRACKING_HEADER}: %(tracking)s\r\n"
+    "MIME-Version: 1.0\r\n"
+    'Content-Type: multipart/alternative; boundary="%(boundary)s"\r\n'
+    "\r\n"
+    "--%(boundary)s\r\n"
+    "Content-Type: text/plain; charset=utf-8\r\n"
+    "Content-Transfer-Encoding: %(text_encoding)s\r\n"
+    "\r\n"
+)
+_SES_FIELDS: Final = (
+    f"{contract.SES_CONFIGURATION_SET_HEADER}: %s\r\n"
+    f"{contract.SES_MESSAGE_TAGS_HEADER}: {contract.SES_EMAIL_ID_TAG}=%s\r\n"
+)
+
+# Of 44 random octets in hexadecimal: the six parts of a UUID that are random, then a Message-ID and a boundary.
+_RANDOM_PARTS: Final = itemgetter(
+    slice(8), slice(8, 12), slice(12, 15), 15, slice(16, 19), slice(19, 31), slice(31, 63), slice(63, 87)
+)
+_VARIANT: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
 
 
 def compose(
@@ -34,74 +65,69 @@ def compose(
     tracking_id: str,
     email_id: str,
     configuration_set: str,
+    boundary: str = "",
 ) -> bytes:
     """The content of one mail: lines of at most 998 octets that end in CRLF, ASCII unless a local part is not.
 
     ``sender`` is what ``judge`` made of ``request``. No Reply-To without ``sender.reply_to``, no SES fields when
-    ``configuration_set`` is ''. Never raises: control characters in any value are dropped.
+    ``configuration_set`` is ''. Another ``boundary`` is taken when it is '' or a body holds it. Never raises: control
+    characters in any value are dropped.
     """
     text_encoding, text_part = encode_body(request.text)
     html_encoding, html_part = encode_body(request.html)
-    boundary = _new_boundary()
     # "=_" occurs neither in quoted-printable nor in base64, so only what a caller wrote as it is can hold the boundary.
-    while (text_encoding == "7bit" and boundary in text_part) or (html_encoding == "7bit" and boundary in html_part):
-        boundary = _new_boundary()
+    while not boundary or boundary in request.text or boundary in request.html:
+        boundary = _boundary(os.urandom(12).hex())
 
-    lines = [
-        header.mailbox("From", sender.from_display_name, sender.from_address),
-        header.mailbox_as_given("To", request.to, sender.recipient),
-    ]
+    reply_to_field = ses_fields = ""
     if sender.reply_to is not None:
-        lines.append(header.mailbox_as_given("Reply-To", request.reply_to, sender.reply_to))
-    lines.append(header.unstructured("Subject", request.subject_header))
-    lines.append(f"Date: {header.token(date_header)}")
-    lines.append(f"Message-ID: {header.token(message_id_header)}")
+        reply_to_field = header.mailbox_as_given("Reply-To", request.reply_to, sender.reply_to) + "\r\n"
     if configuration_set:
-        lines.append(f"{contract.SES_CONFIGURATION_SET_HEADER}: {header.token(configuration_set)}")
-        lines.append(f"{contract.SES_MESSAGE_TAGS_HEADER}: {contract.SES_EMAIL_ID_TAG}={header.token(email_id)}")
-    lines.append(f"{contract.TRACKING_HEADER}: {header.token(tracking_id)}")
-    boundary_text = boundary.decode()
-    lines.append(
-        "MIME-Version: 1.0\r\n"
-        f'Content-Type: multipart/alternative; boundary="{boundary_text}"\r\n'
-        "\r\n"
-        f"--{boundary_text}\r\n"
-        "Content-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Transfer-Encoding: {text_encoding}\r\n"
-        "\r\n"
-    )
+        ses_fields = _SES_FIELDS % header.tokens(configuration_set, email_id)
+    date, message_id, tracking = header.tokens(date_header, message_id_header, tracking_id)
+    head = _HEAD % {
+        "from_field": _from_field(sender.from_display_name, sender.from_address),
+        "to_field": header.mailbox_as_given("To", request.to, sender.recipient),
+        "reply_to_field": reply_to_field,
+        "subject_field": header.unstructured("Subject", request.subject_header),
+        "date": date,
+        "message_id": message_id,
+        "ses_fields": ses_fields,
+        "tracking": tracking,
+        "boundary": boundary,
+        "text_encoding": text_encoding,
+    }
     between = (
-        f"--{boundary_text}\r\n"
-        "Content-Type: text/html; charset=utf-8\r\n"
-        f"Content-Transfer-Encoding: {html_encoding}\r\n"
-        "\r\n"
+        f"--{boundary}\r\nContent-Type: text/html; charset=utf-8\r\nContent-Transfer-Encoding: {html_encoding}\r\n\r\n"
     )
     return b"".join(
-        (
-            "\r\n".join(lines).encode("utf-8", "replace"),
-            text_part,
-            between.encode(),
-            html_part,
-            b"--%b--\r\n" % boundary,
-        )
+        (head.encode("utf-8", "replace"), text_part, between.encode(), html_part, f"--{boundary}--\r\n".encode())
     )
 
 
-def _new_boundary() -> bytes:
-    """96 random bits, so that a caller cannot know it beforehand."""
-    return b"=_" + os.urandom(12).hex().encode()
+def _from_field(display_name: str, address: Address) -> str:
+    """Senders are few: their fields are kept, but for one whose name is longer than any line."""
+    field = _kept_from_field if len(display_name) <= header.LINE_LIMIT_BYTES else header.mailbox
+    return field("From", display_name, address)
 
 
-def new_email_id() -> str:
-    """A random UUID (RFC 9562 §5.4) as text; it is what ``uuid.uuid4`` gives, at less than half the cost."""
-    digits = os.urandom(16).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
+_kept_from_field = lru_cache(maxsize=64)(header.mailbox)
 
 
-def new_message_id_header(domain: str) -> str:
-    """``<random@domain>``, with its angle brackets; ``domain`` is that of the From address."""
-    return f"<{os.urandom(16).hex()}@{domain}>"
+def new_ids(domain: str) -> tuple[str, str, str]:
+    """What is random in one mail, from one system call: its email_id, its Message-ID and its boundary.
+
+    The email_id is a random UUID (RFC 9562 §5.4) as text. The Message-ID is ``<random@domain>``, with its angle
+    brackets; ``domain`` is that of the From address.
+    """
+    low, mid, high, variant, sequence, node, message_id, boundary = _RANDOM_PARTS(os.urandom(44).hex())
+    email_id = f"{low}-{mid}-4{high}-{_VARIANT[variant]}{sequence}-{node}"
+    return email_id, f"<{message_id}@{domain}>", _boundary(boundary)
+
+
+def _boundary(digits: str) -> str:
+    """Of 96 random bits, so that a caller cannot know it beforehand."""
+    return "=_" + digits
 
 
 def date_header(epoch_seconds: float) -> str:

@@ -22,6 +22,9 @@ ENCODED_WORD_BYTES: Final = 75
 TOKEN_LIMIT_BYTES: Final = 900
 """Longest value of a field that cannot be folded, with room for its name."""
 
+# What any field takes as it is: printable ASCII, short enough for a line, no space at either end, and nothing that
+# could begin an encoded word, so no "=" at all.
+_PLAIN: Final = re.compile(r"[!-<>-~](?:[ -<>-~]{0,898}[!-<>-~])?")
 _CONTROL: Final = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 _NOT_PRINTABLE_ASCII: Final = re.compile("[^ -~]")
 # A name of nothing but encoded words (RFC 2047 §2), and a mailbox in angle brackets.
@@ -39,6 +42,8 @@ def unstructured(name: str, value: str) -> str:
     Printable ASCII stays as it is if it survives: not when it is longer than a line, has what looks like an encoded
     word, or starts or ends with a space.
     """
+    if _PLAIN.fullmatch(value):
+        return f"{name}: {value}"
     if not (value.isascii() and value.isprintable()):
         value = _cleaned(value)
     if _survives_as_is(value) and len(name) + 2 + len(value) <= LINE_LIMIT_BYTES:
@@ -52,6 +57,8 @@ def mailbox_as_given(name: str, text: str, address: Address) -> str:
     ``address`` is ``text`` parsed; it is written anew when ``text`` is not printable ASCII, is too long for a line, or
     has what somebody may take for an encoded word and we did not.
     """
+    if _PLAIN.fullmatch(text):  # then so is the name in it
+        return f"{name}: {text}"
     # The name is looked at too, for an encoded word may hold a line end.
     is_clean = text.isascii() and text.isprintable() and address.display_name.isprintable()
     if "=?" in text:
@@ -90,6 +97,14 @@ def token(value: str) -> str:
     if not (value.isascii() and value.isprintable()):
         value = _NOT_PRINTABLE_ASCII.sub("", value)
     return value if len(value) <= TOKEN_LIMIT_BYTES else value[-TOKEN_LIMIT_BYTES:]
+
+
+def tokens(*values: str) -> tuple[str, ...]:
+    """``token`` of each. What is clean and short when taken together, as ours always are, is so one by one."""
+    together = "".join(values)
+    if together.isascii() and together.isprintable() and len(together) <= TOKEN_LIMIT_BYTES:
+        return values
+    return tuple(map(token, values))
 
 
 def encoded_words(value: str, column: int) -> str:

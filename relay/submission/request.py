@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from itertools import repeat
 from typing import Final, NamedTuple, NoReturn
 
 import orjson
@@ -24,11 +25,13 @@ from relay import contract
 from relay.errors import SubmissionRejected
 
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
-
+_QUOTATION_MARKS: Final = repeat('"')
+_ONLY_STRINGS: Final = frozenset({str})
 
 MAX_GROUP_ID_CHARACTERS = 10_000
 MAX_GROUP_ID_BYTES = 4 * MAX_GROUP_ID_CHARACTERS + 2
 """Of a group id in the record's JSON, where control characters take six: a bucket of lfx's takes records of 64 KiB."""
+_ALWAYS_SHORT_CHARACTERS: Final = (MAX_GROUP_ID_BYTES - 2) // 6
 
 MAX_QUESTION_BYTES = 64 * 1024 + 12 * MAX_GROUP_ID_CHARACTERS
 """Of a status question: no group id that was ever taken is longer, however it is escaped."""
@@ -53,15 +56,20 @@ def decode_send_request(payload: bytes) -> SendRequest:
     Raises ``SubmissionRejected`` with ``INVALID_REQUEST_PAYLOAD``, or with ``REQUIRED_FIELDS_MISSING`` and the first
     missing field. A group id too long to be kept in the mail's record is refused before anything is sent.
     """
-    request = SendRequest._make(decode_fields(payload, contract.SEND_EMAIL_FIELDS).values())
-    if request.to and request.subject_header and request.html and request.text:
-        if len(request.group_id) > MAX_GROUP_ID_CHARACTERS:
-            _reject("group_id", f"group_id is longer than {MAX_GROUP_ID_CHARACTERS} characters")
-        if len(orjson.dumps(request.group_id)) > MAX_GROUP_ID_BYTES:
-            _reject("group_id", f"group_id is longer than {MAX_GROUP_ID_BYTES} bytes as JSON")
-        return request
-    missing = contract.SEND_EMAIL_FIELDS[request.index("")]
-    raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")
+    request = SendRequest(*decode_fields(payload, contract.SEND_EMAIL_FIELDS).values())
+    if not (request.to and request.subject_header and request.html and request.text):
+        missing = contract.SEND_EMAIL_FIELDS[request.index("")]
+        raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")
+    if len(request.group_id) > _ALWAYS_SHORT_CHARACTERS:
+        _check_group_id(request.group_id)
+    return request
+
+
+def _check_group_id(group_id: str) -> None:
+    if len(group_id) > MAX_GROUP_ID_CHARACTERS:
+        _reject("group_id", f"group_id is longer than {MAX_GROUP_ID_CHARACTERS} characters")
+    if len(orjson.dumps(group_id)) > MAX_GROUP_ID_BYTES:
+        _reject("group_id", f"group_id is longer than {MAX_GROUP_ID_BYTES} bytes as JSON")
 
 
 class StatusRequest(NamedTuple):
@@ -128,32 +136,38 @@ def decode_fields(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
         if decoded is None:
             return result
         _reject("", "the payload is not a JSON object")
-
-    # A name that stands twice is seen by counting quotation marks: two per name and per string value, plus those inside
-    # strings. Any name that orjson dropped leaves a surplus.
-    quotes = inner_quotes = 0
-    for name, value in decoded.items():
-        if type(value) is str:
-            quotes += 4
-            if '"' in value:
-                inner_quotes += value.count('"')
-        elif isinstance(value, (dict, list)):
+    # The usual request at once, the others member by member.
+    if decoded.keys() <= result.keys() and set(map(type, decoded.values())) == _ONLY_STRINGS:
+        if _has_dropped_a_name(payload, len(decoded), decoded.values()):
             return _decode_slowly(payload, fields)
-        else:
-            quotes += 2
+        result.update(decoded)
+        return result
+    for name, value in decoded.items():
+        if isinstance(value, (dict, list)):
+            return _decode_slowly(payload, fields)
         if name in result:
-            if type(value) is str:
+            if isinstance(value, str):
                 result[name] = value
             elif value is not None:
                 _reject(name, f"{name} must be a string")
         elif _folded(name) in result:
             return _decode_slowly(payload, fields)
-    if payload.count(b'"') != quotes + inner_quotes:
-        return _decode_slowly(payload, fields)
-    # An inner quotation mark written as an escape does not show in the payload and could make up for a dropped name.
-    if inner_quotes and b"\\u0022" in payload:
-        return _decode_slowly(payload, fields)
-    return result
+    texts = [value for value in decoded.values() if isinstance(value, str)]
+    return _decode_slowly(payload, fields) if _has_dropped_a_name(payload, len(decoded), texts) else result
+
+
+def _has_dropped_a_name(payload: bytes, members: int, texts: Collection[str]) -> bool:
+    """Whether orjson may have dropped a name that stands twice: it gave ``members``, ``texts`` are their string values.
+
+    It is seen by counting quotation marks: two per name and per string value, those of dropped ones included, and any
+    number inside strings. No value may be an array or an object.
+    """
+    surplus = payload.count(b'"') - 2 * (members + len(texts))
+    if not surplus:
+        return False
+    # The surplus is either inside strings or of a dropped name. Inside strings it stands behind a reverse solidus. One
+    # that is written as another escape does not show in the payload and could make up for a dropped name.
+    return surplus != sum(map(str.count, texts, _QUOTATION_MARKS)) or b"\\u0022" in payload
 
 
 def _folded(name: str) -> str:

@@ -56,7 +56,7 @@ class Page(NamedTuple):
 def fact_publication(token: str, fact: Fact, email_id: str, at: str, event_id: str = "") -> Publication:
     """The message that states a fact. Publishing it again within the duplicate window changes nothing."""
     stated = {"email_id": email_id, "at": at}
-    deduplication_id = f"{email_id}.{fact.value}"
+    deduplication_id = f"{email_id}.{fact}"
     if event_id:
         stated["event_id"] = event_id
         deduplication_id = f"{deduplication_id}.{event_id}"
@@ -154,7 +154,7 @@ class Log:
 
 
 def _subject(token: str, fact: Fact) -> str:
-    return f"{contract.LOG_PREFIX}.{token}.{fact.value}"
+    return f"{contract.LOG_PREFIX}.{token}.{fact}"
 
 
 def _stated(payload: bytes, field: str) -> str:

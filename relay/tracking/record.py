@@ -13,6 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
+from math import floor
 from typing import Any
 
 import orjson
@@ -22,6 +24,9 @@ MAX_TEXT_BYTES = 4096
 
 LONGEST_CHARACTER_BYTES = 6
 """Of a character in JSON: control characters are escaped."""
+
+ALWAYS_SHORT_CHARACTERS = MAX_TEXT_BYTES // LONGEST_CHARACTER_BYTES
+"""A text no longer than this is within the bounds, whatever it is made of."""
 
 DEEPEST = 250
 """Levels of a record that is none: orjson reads 1,024 and writes 254."""
@@ -49,7 +54,18 @@ def is_email_id(text: str) -> bool:
 
 def rfc3339(epoch_seconds: float) -> str:
     """UTC with milliseconds: ``2025-01-15T10:30:00.123Z``."""
-    return datetime.fromtimestamp(epoch_seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    second = floor(epoch_seconds)
+    # Microseconds first, as datetime rounds them: 0.123 of a second is 0.12299990654 in a float of today's size.
+    milliseconds = round((epoch_seconds - second) * 1_000_000) // 1000
+    if milliseconds > 999:
+        return f"{_text_of_second(second + 1)}.000Z"
+    return f"{_text_of_second(second)}.{milliseconds:03}Z"
+
+
+@lru_cache(maxsize=8)
+def _text_of_second(epoch_second: int) -> str:
+    """Of the many times that are written in one second only the milliseconds differ."""
+    return datetime.fromtimestamp(epoch_second, UTC).isoformat(timespec="seconds").removesuffix("+00:00")
 
 
 def parse_time(text: object) -> datetime | None:
@@ -96,8 +112,8 @@ def new_record(
     record: dict[str, Any] = {
         "email_id": email_id,
         "group_id": group_id,
-        "to": _cut(to),
-        "subject": _cut(subject_header),
+        "to": to if len(to) <= ALWAYS_SHORT_CHARACTERS else _cut(to),
+        "subject": subject_header if len(subject_header) <= ALWAYS_SHORT_CHARACTERS else _cut(subject_header),
         "sent_at": sent_at,
         "delivered": False,
         "opened": False,
@@ -167,10 +183,8 @@ def abridged_record(value: bytes, room_bytes: int) -> bytes:
 
 
 def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT_BYTES // LONGEST_CHARACTER_BYTES:
-        return text
     octets = text.encode("utf-8", "replace")
     cut = text if len(octets) <= MAX_TEXT_BYTES else octets[:MAX_TEXT_BYTES].decode("utf-8", "ignore")
     if len(orjson.dumps(cut.encode("utf-8", "replace").decode())) <= 2 * MAX_TEXT_BYTES:
         return cut
-    return cut[: MAX_TEXT_BYTES // LONGEST_CHARACTER_BYTES]
+    return cut[:ALWAYS_SHORT_CHARACTERS]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import gevent
 
@@ -32,6 +33,21 @@ LONGEST_PAUSE_SECONDS = 30.0
 """Doubles up to this while probes succeed and records still fail, as with a full disk."""
 SETTLE_PAUSES_SECONDS = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Before each try to settle a record; the first may come before the record itself is written."""
+
+
+class HandedOver(NamedTuple):
+    """A mail that the smarthost was given, as tracking keeps it: what is noted right after, or what settles a doubt."""
+
+    email_id: str
+    group_id: str
+    to: str
+    subject_header: str
+    at: float
+    """Epoch time of the smarthost's reply."""
+    outcome: str = ""
+    """'' when it was relayed, else what became of it instead."""
+    remote_id: str = ""
+    """The smarthost's id, '' when there is none."""
 
 
 class Tracker:
@@ -64,101 +80,55 @@ class Tracker:
         if self.off_reason:
             self._start_probe()
 
-    def note(
-        self,
-        *,
-        email_id: str,
-        group_id: str,
-        to: str,
-        subject_header: str,
-        at: float,
-        is_relayed: bool,
-        outcome: str = "",
-        remote_id: str = "",
-    ) -> None:
+    def note(self, mail: HandedOver) -> None:
         """Writes the ``sent`` fact (of a relayed mail) and the record; blocks until both are acknowledged.
 
-        At most ``ack_seconds``. ``at`` is the epoch time of the smarthost's reply. Never raises.
+        At most ``ack_seconds``. Never raises.
         """
         if self.off_reason:
-            self._lose(email_id, self.off_reason)
+            self._lose(mail.email_id, self.off_reason)
             return
-        sent_at = rfc3339(at)
-        record = new_record(
-            email_id=email_id,
-            group_id=group_id,
-            to=to,
-            subject_header=subject_header,
-            sent_at=sent_at,
-            outcome=outcome,
-            remote_id=remote_id,
-        )
-        publications = [self._bucket.creation(email_id, record)]
-        if is_relayed:
-            publications.insert(0, _sent_fact(group_id, email_id, sent_at))
-        for answer in self._jetstream.store(publications, self._ack_seconds):
+        record, facts = _record_and_facts(mail)
+        for answer in self._jetstream.store([*facts, self._bucket.creation(mail.email_id, record)], self._ack_seconds):
             # The key is a new UUID of ours: a conflict means that our own write arrived twice.
-            if isinstance(answer, BusUnavailable | BusRefused) and not isinstance(answer, RevisionConflict):
-                self._fail(email_id, answer)
+            if isinstance(answer, Exception) and not isinstance(answer, RevisionConflict):
+                self._fail(mail.email_id, answer)
                 return
         self._failures_in_a_row = 0
         self._pause_seconds = PROBE_SECONDS
         self.tracked += 1
 
-    def settle(
-        self,
-        *,
-        email_id: str,
-        group_id: str,
-        to: str,
-        subject_header: str,
-        at: float,
-        is_relayed: bool,
-        outcome: str = "",
-        remote_id: str = "",
-    ) -> None:
+    def settle(self, mail: HandedOver) -> None:
         """Writes into the record what became of a mail noted in doubt, and its ``sent`` fact when it was relayed.
 
-        Where the record is missing, since tracking was off or is slower than the smarthost, it is made. ``at`` is the
-        epoch time of the smarthost's reply. Never raises, and tries for a minute: nobody waits for this.
+        Where the record is missing, since tracking was off or is slower than the smarthost, it is made. Never raises,
+        and tries for a minute: nobody waits for this.
         """
-        sent_at = rfc3339(at)
-        record = new_record(
-            email_id=email_id,
-            group_id=group_id,
-            to=to,
-            subject_header=subject_header,
-            sent_at=sent_at,
-            outcome=outcome,
-            remote_id=remote_id,
-        )
-        facts = [_sent_fact(group_id, email_id, sent_at)] if is_relayed else []
+        record, facts = _record_and_facts(mail)
         problem = ""
         for pause_seconds in SETTLE_PAUSES_SECONDS:
             gevent.sleep(pause_seconds)
-            problem = self.off_reason or self._try_to_settle(email_id, record, facts, outcome, remote_id)
+            problem = self.off_reason or self._try_to_settle(mail, record, facts)
             if not problem:
                 return
         self.unsettled += 1
-        log.warning("the record of a mail in doubt is not settled: %s", problem, extra={"email_id": email_id})
+        log.warning("the record of a mail in doubt is not settled: %s", problem, extra={"email_id": mail.email_id})
 
-    def _try_to_settle(
-        self, email_id: str, record: bytes, facts: list[Publication], outcome: str, remote_id: str
-    ) -> str:
+    def _try_to_settle(self, mail: HandedOver, record: bytes, facts: list[Publication]) -> str:
         """One read and compare-and-set; what went wrong, '' when it is done. Again is harmless."""
         try:
-            entry = self._bucket.get_from_leader(email_id)
+            entry = self._bucket.get_from_leader(mail.email_id)
         except (BusUnavailable, BusRefused) as error:
             return str(error)
         if entry is None:
-            change = self._bucket.creation(email_id, record)
+            change = self._bucket.creation(mail.email_id, record)
         elif (noted := parse_record(entry.value)) is None:
             return "its record is broken"
         else:
             if stated_by(noted, Fact.SENT):  # by an event, perhaps longer ago than the log remembers
                 facts = []
-            value = settled_record(noted, outcome=outcome, remote_id=remote_id)
-            change = self._bucket.replacement(email_id, value, entry.revision)
+            value = settled_record(noted, outcome=mail.outcome, remote_id=mail.remote_id)
+            change = self._bucket.replacement(mail.email_id, value, entry.revision)
         answers = self._jetstream.store([*facts, change], self._ack_seconds)
         return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
 
@@ -197,5 +167,18 @@ class Tracker:
             log.info("tracking is on")
 
 
-def _sent_fact(group_id: str, email_id: str, sent_at: str) -> Publication:
-    return fact_publication(mail_token(email_id, group_id), Fact.SENT, email_id, sent_at)
+def _record_and_facts(mail: HandedOver) -> tuple[bytes, list[Publication]]:
+    """The record of ``mail``, and its ``sent`` fact where it was relayed."""
+    sent_at = rfc3339(mail.at)
+    record = new_record(
+        email_id=mail.email_id,
+        group_id=mail.group_id,
+        to=mail.to,
+        subject_header=mail.subject_header,
+        sent_at=sent_at,
+        outcome=mail.outcome,
+        remote_id=mail.remote_id,
+    )
+    if mail.outcome:
+        return record, []
+    return record, [fact_publication(mail_token(mail.email_id, mail.group_id), Fact.SENT, mail.email_id, sent_at)]

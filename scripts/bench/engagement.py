@@ -30,11 +30,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nats
+from machine import Others, cpu_seconds
 from nats.aio.client import Client
 from rich.console import Console
 from rich.table import Table
 from stack import OURS, ROOT
-from tracking import Filler, Others, Servers, api, cpu_seconds, make_storage
+from tracking import Filler, Servers, api, make_storage
 
 from relay import contract
 from relay.bus.client import Publication

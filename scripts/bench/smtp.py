@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import resource
 import select
 import shutil
@@ -32,9 +31,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from machine import Others, cpu_seconds
 from rich.console import Console
 from rich.table import Table
-from stack import ROOT, cpu_seconds, find, free_port, wait_for_port
+from stack import ROOT, Sink, find
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -47,12 +47,9 @@ QUIET_CORES = 0.15
 """What the rest of the machine may use while a round is measured."""
 ROUNDS_FOR_ONE = 4
 """Rounds tried at most for each that is wanted."""
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-COUNT_SECONDS = 5.0
 FAR_WANTED = 0.85
 ROUND_TRIPS_PER_MAIL = 4
 """MAIL, RCPT, DATA, and the content with its dot."""
-_COUNTED = re.compile(rb"mesg=(\d+)")
 
 
 class Contestant(NamedTuple):
@@ -77,35 +74,6 @@ CONTESTANTS = [
 ]
 
 
-class Sink:
-    """An ``smtp-sink`` that counts."""
-
-    def __init__(self, directory: Path, *options: str) -> None:
-        self.port = free_port()
-        self._counts = directory / f"sink-{self.port}"
-        command = [find("smtp-sink"), "-c", *options]
-        if os.geteuid() == 0:
-            command += ["-u", "postfix"]
-        with self._counts.open("wb") as out:
-            self.process = subprocess.Popen([*command, f"127.0.0.1:{self.port}", "1000"], stdout=out)
-        wait_for_port(self.port)
-
-    def mails(self) -> int:
-        """How many mails it has taken so far."""
-        with self._counts.open("rb") as counts:
-            counts.seek(max(0, self._counts.stat().st_size - 200))
-            found = _COUNTED.findall(counts.read())
-        return int(found[-1]) if found else 0
-
-    def check(self, expected: int, who: str) -> None:
-        """``SystemExit`` when it did not take exactly so many mails."""
-        until = time.monotonic() + COUNT_SECONDS
-        while self.mails() < expected and time.monotonic() < until:
-            time.sleep(0.01)
-        if self.mails() != expected:
-            raise SystemExit(f"{who} handed over {expected} mails and {self.mails()} arrived: the rate says nothing")
-
-
 @contextlib.contextmanager
 def ended(process: subprocess.Popen[Any]) -> Iterator[None]:
     """Ends a process whatever happens."""
@@ -124,7 +92,7 @@ def run_near(contestant: Contestant, sink: Sink, options: argparse.Namespace) ->
     """One run of one contestant."""
     mails = int(options.mails * contestant.share)
     taken_before, sink_cpu = sink.mails(), cpu_seconds(sink.process.pid)
-    begun, busy, used = time.monotonic(), _busy_seconds(), _used_seconds(sink)
+    others = Others(sink.process.pid)
     common = {"mails": mails, "port": sink.port}
     if contestant.script:
         command = [sys.executable, str(HERE / "peers" / contestant.script), "--connections", str(CONNECTIONS)]
@@ -136,25 +104,12 @@ def run_near(contestant: Contestant, sink: Sink, options: argparse.Namespace) ->
     else:
         answer = _run_smtp_source(mails, sink.port, options.size)
     sink.check(taken_before + mails, contestant.name)
-    others = _busy_seconds() - busy - (_used_seconds(sink) - used)
     return {
-        "others_cores": max(0.0, others) / (time.monotonic() - begun),
+        "others_cores": others.cores(),
         "rate": mails / answer["seconds"],
         "cpu_us": answer["cpu_seconds"] / mails * 1e6,
         "sink_cpu_us": (cpu_seconds(sink.process.pid) - sink_cpu) / mails * 1e6,
     }
-
-
-def _busy_seconds() -> float:
-    """What all cores of the machine have worked so far, but for the time that they gave to other machines."""
-    user, nice, system, _idle, _waiting, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
-    return (user + nice + system + irq + softirq) / TICKS_PER_SECOND
-
-
-def _used_seconds(sink: Sink) -> float:
-    """What of that was for the benchmark."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime + cpu_seconds(sink.process.pid)
 
 
 def _run_smtp_source(mails: int, port: int, size_bytes: int) -> dict[str, float]:

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -30,11 +29,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nats
+from machine import Others, cpu_seconds, free_port, resident_mb, wait_for_port
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from rich.console import Console
 from rich.table import Table
-from stack import OURS, ROOT, free_port, resident_mb, wait_for_port
+from stack import OURS, ROOT
 
 from relay import contract
 from relay.bus.client import Publication
@@ -56,8 +56,6 @@ SMALL_MAILS = 10
 HUNDRED = 100
 QUIET_SECONDS = 15.0
 """After which nats-server has dropped the blocks of a stream that it kept in memory; it does so after ten."""
-CPU_CLOCK_OF_A_PROCESS = 2
-"""CPUCLOCK_SCHED, clock_getcpuclockid(3) on Linux."""
 SCALES = (1_000_000, 10_000_000, 100_000_000)
 
 
@@ -79,32 +77,6 @@ WANTED = (
     Wanted("one mail while the large group is listed, p99, ms", 20.0),
     Wanted("status worker, MB resident at most", 150.0),
 )
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU that a process has used so far, all its threads, to the nanosecond: /proc counts hundredths of a second."""
-    return time.clock_gettime((~pid << 3) | CPU_CLOCK_OF_A_PROCESS)
-
-
-class Others:
-    """How many cores everything else on the machine uses, from its beginning on; it is what spoils a figure."""
-
-    def __init__(self, *pids: int) -> None:
-        self._pids = pids
-        self._begun = time.monotonic()
-        self._before = self._used()
-
-    def cores(self) -> float:
-        """On average, until now."""
-        return (self._used() - self._before) / (time.monotonic() - self._begun)
-
-    def _used(self) -> float:
-        words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        user, nice, system, _, _, interrupts, soft_interrupts = map(int, words[:7])
-        busy = (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
-        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        own = time.process_time() + ended.ru_utime + ended.ru_stime
-        return busy - own - sum(cpu_seconds(pid) for pid in self._pids)
 
 
 class Servers:

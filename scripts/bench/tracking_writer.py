@@ -12,14 +12,14 @@ monkey.patch_all()
 import json
 import sys
 import time
+import uuid
 
 import gevent.pool
 
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.submission.compose import new_email_id
 from relay.tracking.storage import StorageConfig
-from relay.tracking.tracker import Tracker
+from relay.tracking.tracker import HandedOver, Tracker
 
 AT_ONCE = 50
 ACK_SECONDS = 10.0
@@ -29,13 +29,14 @@ ACK_SECONDS = 10.0
 def note(tracker: Tracker, group_id: str) -> None:
     """One relayed mail, with the fields that Amazon SES gives it."""
     tracker.note(
-        email_id=new_email_id(),
-        group_id=group_id,
-        to="someone@example.com",
-        subject_header="Our newsletter of November is here",
-        at=time.time(),
-        is_relayed=True,
-        remote_id="0100018c7f3a4b5c-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9-000000",
+        HandedOver(
+            email_id=str(uuid.uuid4()),
+            group_id=group_id,
+            to="someone@example.com",
+            subject_header="Our newsletter of November is here",
+            at=time.time(),
+            remote_id="0100018c7f3a4b5c-0a1b2c3d-4e5f-6071-8293-a4b5c6d7e8f9-000000",
+        )
     )
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.drills import engagement, ses, tracking
+from scripts.drills import engagement, overload, ses, tracking
 from scripts.drills.frame import Drill, Findings, Stage
 
-DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS, *engagement.DRILLS)
+DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS, *engagement.DRILLS, *overload.DRILLS)
 WRITTEN = Path(__file__).parents[2] / "var" / "drills.json"
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)
@@ -100,21 +100,31 @@ def main() -> int:
         parser.error(f"there is no drill named {', '.join(sorted(unknown))}")
     if options.seconds is not None and options.seconds < 40:
         parser.error("shorter than 40 s there is no room for a pause in which connections grow stale")
-    signal.signal(signal.SIGALRM, _give_up)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_on_signals()
     chosen = [drill for drill in DRILLS if not options.names or drill.name in options.names]
     played = [run(drill, options.seconds or drill.seconds, options.seed, is_kept=options.keep) for drill in chosen]
-    WRITTEN.parent.mkdir(exist_ok=True)
+    write(WRITTEN, played)
+    failed = [each["name"] for each in played if not each["is_good"]]
+    console.print(f"\n[red]Not well: {', '.join(failed)}[/]" if failed else "\n[green]Everything held.[/]")
+    return 1 if failed else 0
+
+
+def end_on_signals() -> None:
+    """Has ``run`` give up a drill that takes too long, and SIGTERM end everything as Ctrl-C does."""
+    signal.signal(signal.SIGALRM, _give_up)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def write(path: Path, played: list[dict[str, Any]]) -> None:
+    """Keeps what was found."""
+    path.parent.mkdir(exist_ok=True)
     told = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
         "drills": played,
     }
-    WRITTEN.write_text(json.dumps(told, indent=2) + "\n")
-    failed = [each["name"] for each in played if not each["is_good"]]
-    console.print(f"\n[red]Not well: {', '.join(failed)}[/]" if failed else "\n[green]Everything held.[/]")
-    return 1 if failed else 0
+    path.write_text(json.dumps(told, indent=2) + "\n")
 
 
 def _give_up(*_: object) -> None:

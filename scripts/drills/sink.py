@@ -1,9 +1,10 @@
-"""An SMTP server that takes everything at once and keeps nothing but the mails' ids: a process of its own.
+"""An SMTP server that takes everything and keeps nothing but the mails' ids: a process of its own.
 
-    python -m scripts.drills.sink
+    python -m scripts.drills.sink [WAIT_SECONDS]
 
 prints ``listening on 127.0.0.1:PORT``; on SIGTERM it prints, as one JSON object, how often it took which mail (by its
-tracking id). It offers PIPELINING, so that the smarthost is not what a drill waits for.
+tracking id). It offers PIPELINING, so that the smarthost is not what a drill waits for; unless ``WAIT_SECONDS`` is
+given: so long it takes over the reply to each content, which makes a connection's rate known beforehand.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ _TRACKING_ID = re.compile(rb"^" + contract.TRACKING_HEADER.encode() + rb": .*/([
 class Session(asyncio.Protocol):
     """One connection. Commands are not checked: the relay's manners are other drills' business."""
 
-    def __init__(self, taken: Counter[str]) -> None:
+    def __init__(self, taken: Counter[str], wait_seconds: float = 0.0) -> None:
         self._taken = taken
-        self._received = b""
+        self._wait_seconds = wait_seconds
+        self._received = bytearray()
+        self._searched_bytes = 0
+        """Of what was received: there is no end in them."""
         self._is_content = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -46,10 +50,17 @@ class Session(asyncio.Protocol):
         self._received += data
         replies = []
         while True:
-            before, separator, after = self._received.partition(END_OF_CONTENT if self._is_content else b"\r\n")
-            if not separator:
+            end = END_OF_CONTENT if self._is_content else b"\r\n"
+            at = self._received.find(end, self._searched_bytes)
+            if at < 0:
+                self._searched_bytes = max(0, len(self._received) - len(END_OF_CONTENT))
                 break
-            self._received = after
+            before = bytes(self._received[:at])
+            del self._received[: at + len(end)]
+            self._searched_bytes = 0
+            if self._is_content and self._wait_seconds:  # the relay says nothing more until it has this reply
+                asyncio.get_running_loop().call_later(self._wait_seconds, self._transport.write, self._take(before))
+                continue
             replies.append(self._take(before) if self._is_content else self._answer(before))
         self._transport.write(b"".join(replies))
         if b"221 bye\r\n" in replies:
@@ -76,8 +87,8 @@ class Session(asyncio.Protocol):
 class RunningSink:
     """The sink's process, from the outside."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "scripts.drills.sink"]
+    def __init__(self, wait_seconds: float = 0.0) -> None:
+        command = [sys.executable, "-m", "scripts.drills.sink", str(wait_seconds)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline().rpartition(":")[2])
@@ -90,9 +101,9 @@ class RunningSink:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls) -> Iterator[RunningSink]:
+    def started(cls, wait_seconds: float = 0.0) -> Iterator[RunningSink]:
         """Runs one, and ends it whatever happens."""
-        sink = cls()
+        sink = cls(wait_seconds)
         try:
             yield sink
         finally:
@@ -101,13 +112,13 @@ class RunningSink:
                 sink._process.communicate(timeout=STOP_SECONDS)
 
 
-async def serve() -> Counter[str]:
+async def serve(wait_seconds: float) -> Counter[str]:
     """Serves until SIGTERM."""
     taken: Counter[str] = Counter()
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, asked_to_stop.set)
-    server = await loop.create_server(lambda: Session(taken), "127.0.0.1", 0, backlog=1000)
+    server = await loop.create_server(lambda: Session(taken, wait_seconds), "127.0.0.1", 0, backlog=1000)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asked_to_stop.wait()
     server.close()
@@ -115,4 +126,4 @@ async def serve() -> Counter[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(serve())))
+    print(json.dumps(asyncio.run(serve(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0))))

@@ -180,7 +180,7 @@ def test_what_was_lost_on_the_way_is_fetched_again(jetstream: JetStream, bus: Bu
         assert follower._token is not None
         _, subscription = bus._subscriptions._held[follower._token]
         assert subscription is not None
-        handlers = bus._connection.nc._handlers
+        handlers = bus._connection.nc.handlers
         deliver = handlers[subscription._id]
         handlers[subscription._id] = lambda msg: None
         stream.store(*numbers(25))

@@ -162,3 +162,37 @@ def test_a_refused_subject_is_told_at_once_and_to_nobody_else(
     assert allowed.payload == b"here"
     assert bus.is_connected
     assert bus.waiting == 0
+
+
+def test_every_wait_ends_at_its_own_time(frozen_bus: Bus) -> None:
+    """One alarm serves them all, whichever begins first and whichever ends first."""
+    waits_seconds = [0.5, 0.2, 0.35, 0.0, 0.2]
+
+    def ask(seconds: float) -> tuple[float, list[Msg | BusUnavailable | BusRefused]]:
+        begun = time.monotonic()
+        answers = frozen_bus.request_all([Publication("outbox.silent", b"")] * 3, seconds)
+        return time.monotonic() - begun, answers
+
+    asking = [gevent.spawn(ask, seconds) for seconds in waits_seconds]
+    gevent.joinall(asking, timeout=5, raise_error=True)
+    for seconds, greenlet in zip(waits_seconds, asking, strict=True):
+        took_seconds, answers = greenlet.value
+        assert seconds <= took_seconds < seconds + 0.4
+        assert [str(answer) for answer in answers] == [f"NATS did not answer within {seconds:.3g} s"] * 3
+    assert frozen_bus.waiting == 0
+    took_seconds, _ = ask(0.1)  # the alarm has rung for the last of them, and rings again
+    assert 0.1 <= took_seconds < 0.5
+
+
+def test_who_asks_in_vain_again_and_again_keeps_nobody_from_running(nats_server: NatsServer) -> None:
+    bus = Bus(nats_server.url, "test")  # never started, so never connected
+    ran = gevent.spawn(lambda: None)
+    (answer,) = bus.request_all([Publication("outbox.in_vain", b"")], 1)
+    assert isinstance(answer, BusUnavailable)
+    assert ran.dead
+    ran = gevent.spawn(lambda: None)
+    with pytest.raises(BusUnavailable, match="not connected"):
+        JetStream(bus).get_many("stream", {"multi_last": ["a"]}, 1)
+    assert ran.dead
+    assert bus.request_all([], 1) == []
+    bus.close()

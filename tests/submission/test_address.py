@@ -191,4 +191,5 @@ def test_whatever_comes_out_is_fit_for_the_wire(text: str) -> None:
     if not address.local_part.startswith('"'):
         assert not set(address.local_part) & set(' <>()[]:;@\\,"')
     assert len(mailbox.encode()) <= 254
-    assert parse_address(mailbox)[1:] == address[1:] or address.domain.startswith("[IPv6:")
+    if not address.domain.startswith("[IPv6:"):  # as SMTP writes it; callers may not
+        assert parse_address(mailbox)[1:] == address[1:]

@@ -66,3 +66,26 @@ def test_what_is_finished_makes_room() -> None:
     assert fill(admission, 3) == 2
     admission.finish(1.0, 10)
     assert fill(admission, 2, now=1.0) == 1
+
+
+def give_up(admission: Admission, now: float) -> None:
+    """One whose turn never came."""
+    admission.waited_in_vain()
+    admission.finish(now, 10)
+
+
+def test_who_gave_up_waiting_makes_no_room() -> None:
+    admission = Admission(limit=5000, limit_bytes=64_000_000, busy_above=20)
+    fill(admission, 1000)
+    now = serve(admission, per_second=10, start=0, seconds=5)
+    for _ in range(900):
+        give_up(admission, now)
+    assert fill(admission, 1000, now, patience_seconds=5) <= 1, "50 are left, and 10 a second are served"
+
+
+def test_while_nobody_is_served_the_wait_is_taken_to_grow() -> None:
+    admission = Admission(limit=5000, limit_bytes=64_000_000, busy_above=20)
+    fill(admission, 1000)
+    for number in range(200):
+        give_up(admission, number / 10)
+    assert admission.predicted_wait_seconds(20.0) == 40.0

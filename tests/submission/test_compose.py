@@ -17,11 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay import contract
+from relay.submission import header
 from relay.submission.address import Address, parse_address
-from relay.submission.compose import compose, date_header, new_email_id, new_message_id_header
+from relay.submission.compose import compose, date_header, new_ids
 from relay.submission.policy import Sender
 from relay.submission.request import SendRequest
 
+BOUNDARY = "=_0123456789abcdef01234567"
 REQUEST = SendRequest("user@example.com", "Hello", "<p>Hi</p>", "Hi", "", "", "", "")
 SENDER = Sender(parse_address("noreply@example.org"), "Example Service", None, parse_address("user@example.com"))
 
@@ -223,18 +225,47 @@ def test_lone_surrogates_do_not_stop_a_mail() -> None:
 
 
 def test_email_ids_are_random_uuids() -> None:
-    ids = {new_email_id() for _ in range(500)}
-    assert len(ids) == 500
-    for email_id in ids:
+    email_ids = {new_ids("example.org")[0] for _ in range(500)}
+    assert len(email_ids) == 500
+    for email_id in email_ids:
         parsed_id = uuid.UUID(email_id)
         assert str(parsed_id) == email_id
         assert (parsed_id.version, parsed_id.variant) == (4, uuid.RFC_4122)
 
 
-def test_message_ids_differ() -> None:
-    first, second = new_message_id_header("example.org"), new_message_id_header("example.org")
-    assert first != second
-    assert re.fullmatch(r"<[0-9a-f]{32}@example\.org>", first)
+def test_what_is_random_in_a_mail_differs_in_every_part() -> None:
+    mails = [new_ids("example.org") for _ in range(500)]
+    for _, message_id_header, boundary in mails:
+        assert re.fullmatch(r"<[0-9a-f]{32}@example\.org>", message_id_header)
+        assert re.fullmatch(r"=_[0-9a-f]{24}", boundary)
+    for position in range(36):
+        found = {email_id[position] for email_id, _, _ in mails}
+        fixed = {8: 1, 13: 1, 14: 1, 18: 1, 23: 1, 19: 4}
+        assert len(found) == fixed.get(position, 16)
+    for position in range(32):
+        assert len({message_id_header[1 + position] for _, message_id_header, _ in mails}) == 16
+    for position in range(24):
+        assert len({boundary[2 + position] for _, _, boundary in mails}) == 16
+
+
+@pytest.mark.parametrize("field", ["text", "html"])
+def test_a_boundary_that_a_body_holds_is_not_taken(field: str) -> None:
+    body = f"Hi\n--{BOUNDARY}--\n"
+    content = mail(REQUEST._replace(**{field: body}), boundary=BOUNDARY)
+    assert content.count(BOUNDARY.encode()) == 1
+    assert canonical(body) in parts(content)
+    assert f'boundary="{BOUNDARY}"'.encode() in mail(boundary=BOUNDARY)
+
+
+def test_a_kept_from_field_is_the_one_of_its_sender() -> None:
+    other = parse_address("other@example.org")
+    names = ["Example Service", "Grüße", 'A "quoted" name', "", "n" * 998, "n" * 999, "n" * 5000]
+    for _ in range(2):
+        for sender in [SENDER._replace(from_display_name=name) for name in names]:
+            for address in (sender.from_address, other):
+                content = mail(sender=sender._replace(from_address=address))
+                field = header.mailbox("From", sender.from_display_name, address)
+                assert content.startswith(f"{field}\r\nTo: ".encode())
 
 
 def test_the_date() -> None:

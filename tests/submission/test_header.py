@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import email
 import email.policy
 import re
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relay.errors import AddressInvalid
 from relay.submission import header
 from relay.submission.address import Address, parse_address
 
@@ -150,3 +152,34 @@ TOKENS = [
 @pytest.mark.parametrize(("value", "expected"), TOKENS)
 def test_tokens(value: str, expected: str) -> None:
     assert header.token(value) == expected
+
+
+LENGTHS = st.sampled_from([0, 1, 2, 300, 899, 900, 901])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.text("ab é\r\n\x00=?", max_size=6) | LENGTHS.map("x".__mul__), max_size=4))
+def test_tokens_taken_together_are_those_taken_one_by_one(values: list[str]) -> None:
+    assert header.tokens(*values) == tuple(map(header.token, values))
+
+
+TEXTS = st.text('ab =?"\\<>()@.,é\r\n\t\x7f', max_size=12) | LENGTHS.map("x".__mul__)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(TEXTS)
+def test_what_is_plain_is_written_as_the_full_way_writes_it(text: str) -> None:
+    given_ = [text, f"{text}<a@example.com>", f'"{text}" <a@example.com>', f"a@example.com ({text})"]
+    addresses = []
+    for each in given_:
+        with contextlib.suppress(AddressInvalid):
+            addresses.append((each, parse_address(each)))
+
+    def written() -> list[str]:
+        fields = [header.mailbox_as_given("Reply-To", each, address) for each, address in addresses]
+        return [*fields, header.unstructured("Subject", text)]
+
+    at_once = written()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(header, "_PLAIN", re.compile("(?!)"))  # nothing is
+        assert at_once == written()

@@ -32,7 +32,7 @@ from relay.tracking.groups import group_token
 from relay.tracking.log import Log
 from relay.tracking.repair import Repair
 from relay.tracking.storage import StorageConfig
-from relay.tracking.tracker import Tracker
+from relay.tracking.tracker import HandedOver, Tracker
 from scripts.drills.fold import Event, folded, stated
 from tests.support.caller import MAIL
 from tests.support.nats_proxy import Action, NatsProxy, is_tracking
@@ -85,17 +85,9 @@ def tracker(bus: Bus) -> Iterator[Tracker]:
     made.stop()
 
 
-def note(tracker: Tracker, email_id: str, *, is_relayed: bool = True, outcome: str = "") -> None:
+def note(tracker: Tracker, email_id: str, *, outcome: str = "") -> None:
     """Notes one mail of the group."""
-    tracker.note(
-        email_id=email_id,
-        group_id=GROUP,
-        to="user@example.com",
-        subject_header="Hello",
-        at=time.time(),
-        is_relayed=is_relayed,
-        outcome=outcome,
-    )
+    tracker.note(HandedOver(email_id, GROUP, "user@example.com", "Hello", time.time(), outcome))
 
 
 def mail_ids(count: int) -> list[str]:
@@ -227,18 +219,10 @@ def test_settling_that_is_tried_again_keeps_the_event_that_came_in_between(
 ) -> None:
     # Given a mail in doubt whose settling is cut at its fact, or at its record
     (email_id,) = mail_ids(1)
-    note(tracker, email_id, is_relayed=False, outcome="in_doubt")
+    note(tracker, email_id, outcome="in_doubt")
     proxy.begin(place, action)
-    settling = gevent.spawn(
-        tracker.settle,
-        email_id=email_id,
-        group_id=GROUP,
-        to="user@example.com",
-        subject_header="Hello",
-        at=time.time(),
-        is_relayed=True,
-        remote_id="r1",
-    )
+    relayed = HandedOver(email_id, GROUP, "user@example.com", "Hello", time.time(), remote_id="r1")
+    settling = gevent.spawn(tracker.settle, relayed)
     wait_until(lambda: proxy.is_reached or settling.dead)
     # When an event is folded in before it can be tried again
     fold(server, email_id, AN_OPEN)

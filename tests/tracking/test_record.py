@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.submission.request import MAX_GROUP_ID_BYTES
@@ -83,6 +85,18 @@ def test_a_text_within_the_bound_is_kept() -> None:
 )
 def test_times_are_rfc_3339_in_utc(epoch_seconds: float, text: str) -> None:
     assert rfc3339(epoch_seconds) == text
+
+
+@settings(max_examples=1000)
+@given(
+    st.floats(min_value=-(2**31), max_value=2**33)
+    | st.integers(0, 2**42).map(lambda milliseconds: milliseconds / 1000)
+    | st.integers(0, 2**51).map(lambda microseconds: microseconds / 1_000_000)
+    | st.integers(0, 2**31).map(lambda second: math.nextafter(second, 0))
+)
+def test_times_are_those_that_datetime_writes(epoch_seconds: float) -> None:
+    written = datetime.fromtimestamp(epoch_seconds, UTC).isoformat(timespec="milliseconds")
+    assert rfc3339(epoch_seconds) == written.replace("+00:00", "Z")
 
 
 @pytest.mark.parametrize("text", ["a", "550e8400-e29b-41d4-a716-446655440000", "_", "x" * 64])

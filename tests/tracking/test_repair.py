@@ -23,7 +23,7 @@ from relay.tracking.groups import SHARED_TOKEN, group_token
 from relay.tracking.log import Log, fact_publication
 from relay.tracking.repair import Repair, Report
 from relay.tracking.storage import StorageConfig, ensure_storage
-from relay.tracking.tracker import Tracker
+from relay.tracking.tracker import HandedOver, Tracker
 from tests.support.groups import put_records, record_of, send_mails, store
 from tests.support.lfx import written_record
 from tests.support.nats_server import NatsServer
@@ -111,7 +111,7 @@ def test_mails_without_a_group(own: JetStream) -> None:
     tracker.start()
     email_ids = [str(uuid.uuid4()) for _ in range(3)]
     for email_id in email_ids:
-        tracker.note(email_id=email_id, group_id=email_id, to="", subject_header="", at=time.time(), is_relayed=True)
+        tracker.note(HandedOver(email_id, email_id, "", "", time.time()))
     lost = own.get_last(contract.LOG_STREAM, f"{contract.LOG_PREFIX}.{SHARED_TOKEN}.sent")
     assert lost is not None
     own.delete_msg(contract.LOG_STREAM, lost.sequence)
@@ -305,7 +305,7 @@ def test_it_harms_nothing_while_mails_are_sent(own: JetStream) -> None:
         nonlocal sent
         while not is_over:
             email_id = str(uuid.uuid4())
-            tracker.note(email_id=email_id, group_id="busy", to="", subject_header="", at=time.time(), is_relayed=True)
+            tracker.note(HandedOver(email_id, "busy", "", "", time.time()))
             bucket.update(email_id, deliver, deadline=time.monotonic() + 5)
             gevent.sleep(0.002)  # between the record and its fact, as where an event is folded
             store(own, [fact_publication("busy", Fact.DELIVERED, email_id, AT)])

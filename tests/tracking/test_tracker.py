@@ -19,7 +19,7 @@ from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.tracking.log import Log
 from relay.tracking.storage import StorageConfig
-from relay.tracking.tracker import FAILURES_TO_SUSPEND, Tracker
+from relay.tracking.tracker import FAILURES_TO_SUSPEND, HandedOver, Tracker
 from tests.support.groups import put_records, record_of
 from tests.support.nats_server import NatsServer
 
@@ -33,37 +33,16 @@ def new_tracker(jetstream: JetStream) -> Tracker:
     return tracker
 
 
-def note(
-    tracker: Tracker, *, email_id: str = "", group_id: str = "", is_relayed: bool = True, outcome: str = ""
-) -> str:
+def note(tracker: Tracker, *, email_id: str = "", group_id: str = "", outcome: str = "") -> str:
     """Notes one mail; its email_id."""
     email_id = email_id or str(uuid.uuid4())
-    tracker.note(
-        email_id=email_id,
-        group_id=group_id or email_id,
-        to="user@example.com",
-        subject_header="Hello",
-        at=time.time(),
-        is_relayed=is_relayed,
-        outcome=outcome,
-    )
+    tracker.note(HandedOver(email_id, group_id or email_id, "user@example.com", "Hello", time.time(), outcome))
     return email_id
 
 
-def settle(
-    tracker: Tracker, email_id: str, *, group_id: str, is_relayed: bool = True, outcome: str = "", remote_id: str = ""
-) -> None:
+def settle(tracker: Tracker, email_id: str, *, group_id: str, outcome: str = "", remote_id: str = "") -> None:
     """Tells what became of a mail in doubt."""
-    tracker.settle(
-        email_id=email_id,
-        group_id=group_id,
-        to="user@example.com",
-        subject_header="Hello",
-        at=time.time(),
-        is_relayed=is_relayed,
-        outcome=outcome,
-        remote_id=remote_id,
-    )
+    tracker.settle(HandedOver(email_id, group_id, "user@example.com", "Hello", time.time(), outcome, remote_id))
 
 
 def test_a_mail_in_doubt_whose_record_was_lost_gets_one_when_it_is_settled(jetstream: JetStream) -> None:
@@ -76,7 +55,7 @@ def test_a_mail_in_doubt_whose_record_was_lost_gets_one_when_it_is_settled(jetst
     assert (record["group_id"], record["remote_id"], "outcome" in record) == ("tracker-lost", "r2", False)
     assert Log(jetstream).counts("tracker-lost") == {"sent": 1}
     # The record of the mail in doubt comes after it, and changes nothing.
-    note(tracker, email_id=email_id, group_id="tracker-lost", is_relayed=False, outcome="in_doubt")
+    note(tracker, email_id=email_id, group_id="tracker-lost", outcome="in_doubt")
     entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
     assert entry is not None
     assert "outcome" not in orjson.loads(entry.value)
@@ -93,7 +72,7 @@ def test_a_relayed_mail_has_a_record_and_a_fact(jetstream: JetStream) -> None:
 
 
 def test_a_mail_in_doubt_has_a_record_and_no_fact(jetstream: JetStream) -> None:
-    email_id = note(new_tracker(jetstream), group_id="tracker-2", is_relayed=False, outcome="in_doubt")
+    email_id = note(new_tracker(jetstream), group_id="tracker-2", outcome="in_doubt")
     entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
     assert entry is not None
     assert orjson.loads(entry.value)["outcome"] == "in_doubt"
@@ -112,7 +91,7 @@ def test_an_event_that_proved_the_mail_sent_has_stated_it(jetstream: JetStream) 
 
 def test_a_mail_in_doubt_is_settled_also_when_tracking_was_off_for_a_moment(jetstream: JetStream) -> None:
     tracker = new_tracker(jetstream)
-    email_id = note(tracker, group_id="tracker-settled", is_relayed=False, outcome="in_doubt")
+    email_id = note(tracker, group_id="tracker-settled", outcome="in_doubt")
     tracker.off_reason = "for a moment"
     settling = gevent.spawn(settle, tracker, email_id, group_id="tracker-settled", remote_id="r1")
     gevent.sleep(0.05)
@@ -129,13 +108,13 @@ def test_a_mail_in_doubt_is_settled_also_when_tracking_was_off_for_a_moment(jets
 
 def test_settling_keeps_what_an_event_has_written_meanwhile(jetstream: JetStream) -> None:
     tracker = new_tracker(jetstream)
-    email_id = note(tracker, is_relayed=False, outcome="in_doubt")
+    email_id = note(tracker, outcome="in_doubt")
     bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
     entry = bucket.get(email_id)
     assert entry is not None
     changed = orjson.dumps(orjson.loads(entry.value) | {"delivered": True})
     jetstream.store([bucket.replacement(email_id, changed, entry.revision)], 1.0)
-    settle(tracker, email_id, group_id=email_id, is_relayed=False, outcome="failed")
+    settle(tracker, email_id, group_id=email_id, outcome="failed")
     entry = bucket.get(email_id)
     assert entry is not None
     record = orjson.loads(entry.value)
