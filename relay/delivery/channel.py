@@ -3,8 +3,10 @@
 Owns the socket, its event-loop watchers and its alarm. Knows nothing of SMTP (``session`` does).
 
 gevent's own sockets try to read before they wait and build a timer for every wait; for a client that reads one small
-reply after each write both are wasted, so a channel waits first, on one watcher, with one lazy alarm. Not
-thread-safe, and one greenlet at a time may use it; ``close`` alone may come from another, whose wait then fails.
+reply after each write both are wasted, so a channel waits first, on one watcher, with one lazy alarm. As it does all
+the waiting, it asks the plain socket inside gevent's for bytes; a TLS socket of gevent is asked itself, and never
+waits, its timeout being 0. Not thread-safe, and one greenlet at a time may use it; ``close`` alone may come from
+another, whose wait then fails.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import ipaddress
 import math
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
 
 from gevent import Timeout, get_hub, getcurrent, socket, ssl
 
@@ -34,8 +37,9 @@ class Channel:
         "_hub",
         "_is_tls",
         "_is_watched",
-        "_is_writing",
         "_reader",
+        "_recv",
+        "_send",
         "_sock",
         "_until",
         "_waiting",
@@ -45,6 +49,8 @@ class Channel:
     def __init__(self, sock: Any, peer: str) -> None:
         """Take over ``sock``, a connected gevent socket; ``peer`` is its address, for logs."""
         self._sock = sock
+        self._send: Callable[[bytes | memoryview], int] = sock._sock.send
+        self._recv: Callable[[int], bytes] = sock._sock.recv
         self._hub = get_hub()
         self._is_tls = False
         self._reader = self._hub.loop.io(sock.fileno(), _WAIT_FOR_READ)
@@ -52,7 +58,6 @@ class Channel:
         self._alarm_at = math.inf
         self._until = math.inf
         self._waiting: Any = None
-        self._is_writing = False
         self._is_watched = False
         self.peer = peer
         sock.settimeout(0.0)
@@ -92,6 +97,7 @@ class Channel:
         with Timeout(seconds, ChannelTimeout("the TLS handshake did not come to an end")):
             self._sock = context.wrap_socket(self._sock, server_hostname=server_hostname)
         self._sock.settimeout(0.0)
+        self._send, self._recv = self._sock.send, self._sock.recv
         self._is_tls = True
         self._reader = self._hub.loop.io(self._sock.fileno(), _WAIT_FOR_READ)
 
@@ -101,44 +107,54 @@ class Channel:
         When it raises, the last byte of ``data`` was not handed over.
         """
         try:
-            sent = self._sock.send(data)
+            sent = self._send(data)
         except BlockingIOError:
             sent = 0
         if sent < len(data):
             self._write_rest(memoryview(data)[sent:], until)
 
     def read(self, until: float) -> bytes:
-        """Wait for and return what has arrived, b'' at the end. Raises ``ChannelTimeout`` or another ``OSError``."""
-        if not self._is_tls:
-            self._wait_readable(until)
-            data: bytes = self._sock.recv(READ_BYTES)
-            return data
+        """Wait for and return what has arrived, b'' at the end. Raises ``ChannelTimeout`` or another ``OSError``.
+
+        Neither the watcher nor the alarm is started for each wait. The watcher stays on until something comes that
+        nobody waits for. An earlier alarm goes on running and, when it rings, looks whether the wait of that moment is
+        over its time or for how long to be set again: a reply that comes in time costs no timer.
+        """
+        # Decrypted bytes may wait inside the TLS layer, where the event loop does not see them.
+        is_worth_a_try = self._is_tls
         while True:
-            if self._reader is None:
-                raise OSError("closed here")
-            # Decrypted bytes may wait inside the TLS layer, where the event loop does not see them.
+            if not is_worth_a_try:
+                if not self._is_watched:
+                    self._watch()
+                if until < self._alarm_at:
+                    self._set_alarm(until)
+                self._until = until
+                self._waiting = getcurrent()
+                try:
+                    self._hub.switch()
+                finally:
+                    self._waiting = None
             try:
-                data = self._sock.recv(READ_BYTES)
-            except ssl.SSLWantReadError:
-                self._wait_readable(until)
-            else:
-                return data
+                return self._recv(READ_BYTES)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                is_worth_a_try = False  # So far there is a part of a TLS record, say.
 
     def read_available(self) -> bytes | None:
         """Return what has arrived without waiting; b'' when the peer has hung up, ``None`` when there is nothing."""
         try:
-            data: bytes = self._sock.recv(READ_BYTES)
+            return self._recv(READ_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             return None
         except OSError:
             return b""
-        return data
 
     def close(self) -> None:
         """Close without waiting; again is harmless. Ends a wait in another greenlet with ``OSError``."""
         if self._reader is None:
             return
         reader, self._reader = self._reader, None
+        self._is_watched = False
+        self._send = self._recv = _closed_here
         if self._alarm is not None:
             self._alarm.close()
             self._alarm = None
@@ -155,56 +171,40 @@ class Channel:
 
     def _write_rest(self, rest: memoryview, until: float) -> None:
         """Write what did not fit into the socket's buffer."""
+        # What arrives meanwhile must not wake the writer.
+        self._is_watched = False
+        self._reader.stop()
         writer = self._hub.loop.io(self._sock.fileno(), _WAIT_FOR_WRITE)
         try:
             while rest:
-                self._prepare_wait(until)
-                self._is_writing = True
+                if until < self._alarm_at:
+                    self._set_alarm(until)
+                self._until = until
+                self._waiting = getcurrent()
                 writer.start(self._waiting.switch)
                 try:
                     self._hub.switch()
                 finally:
                     self._waiting = None
-                    self._is_writing = False
                     writer.stop()
                 try:
-                    rest = rest[self._sock.send(rest) :]
+                    rest = rest[self._send(rest) :]
                 except BlockingIOError:
                     continue
         finally:
             writer.close()
 
-    def _wait_readable(self, until: float) -> None:
-        """Wait for something to read, at most until ``until``.
-
-        The watcher is not started and stopped for each wait: it stays on until something comes that nobody waits for.
-        """
-        self._prepare_wait(until)
-        if not self._is_watched:
-            self._is_watched = True
-            self._reader.start(self._on_readable)
-        try:
-            self._hub.switch()
-        finally:
-            self._waiting = None
-
-    def _prepare_wait(self, until: float) -> None:
-        """Have the alarm end the wait that follows.
-
-        It is not set for each wait: an earlier one goes on running and, when it rings, looks whether the wait of that
-        moment is over its time or for how long to be set again. A reply that comes in time costs no timer.
-        """
+    def _watch(self) -> None:
         if self._reader is None:
             raise OSError("closed here")
-        if until < self._alarm_at:
-            self._set_alarm(until)
-        self._until = until
-        self._waiting = getcurrent()
+        self._is_watched = True
+        self._reader.start(self._on_readable)
 
     def _on_readable(self) -> None:
         """Wake whoever waits for it. Runs in the hub, so it must not wait."""
-        if self._waiting is not None and not self._is_writing:
-            self._waiting.switch()
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.switch()
         elif self._reader is not None:
             # Unasked for, or the peer has hung up: it is seen when the connection is read again.
             self._reader.stop()
@@ -227,3 +227,8 @@ class Channel:
             self._waiting.throw(ChannelTimeout("timed out"))
         else:
             self._set_alarm(self._until)
+
+
+def _closed_here(*_: object) -> NoReturn:
+    """What a closed channel sends and receives with."""
+    raise OSError("closed here")

@@ -65,6 +65,9 @@ class Outcome(NamedTuple):
     attempt: int = 1
     remote_id: str = ""
     """The id in ``250 Ok <id>`` (Amazon SES: the message id of its events), '' when there is none."""
+    is_late: bool = False
+    """DEFERRED because the caller's deadline came, or would have before there was a turn: with more time there would
+    have been an attempt, or another one. ``detail`` says where it was waiting, or what was said before."""
 
     @property
     def retryable(self) -> bool:

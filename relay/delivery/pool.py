@@ -58,21 +58,22 @@ class Pool:
         Blocks until ``deadline`` at most. Raises ``PoolTimeout``, ``PoolClosed``, or what ``refuse_waiters`` was given.
         """
         state = self.state
-        while True:
+        while state.idle:
             now = time.monotonic()
             session = state.acquire(now)
             if state.retired:
                 self._close_retired()
             if session is None:
-                return self._wait(deadline)
+                break
             if now - session.idle_since < UNCHECKED_IDLE_SECONDS or session.is_quiet():
                 return session
-            self.release(session, is_reusable=False)
+            self.release(session, now)
+        return self._wait(deadline)
 
-    def release(self, session: Session, *, is_reusable: bool) -> None:
-        """Give a connection back. Never blocks."""
+    def release(self, session: Session, now: float) -> None:
+        """Give a connection back, to be used again if it can be. Never blocks."""
         state = self.state
-        waiter = state.release(session, time.monotonic(), is_reusable=is_reusable)
+        waiter = state.release(session, now, is_reusable=session.is_reusable)
         if waiter is not None:
             self._loop.run_callback(waiter.switch, None)
         elif state.retired:
@@ -84,7 +85,7 @@ class Pool:
     def hand_back(self, session: Session) -> None:
         """Give a connection back that was not used: it goes on growing old. Never blocks."""
         idle_since = session.idle_since
-        self.release(session, is_reusable=True)
+        self.release(session, time.monotonic())
         session.idle_since = idle_since
 
     def probe(self) -> bool:
@@ -147,18 +148,17 @@ class Pool:
         state.wait(waiter, deadline)
         if deadline < self._alarm_at:
             self._set_alarm(deadline)
-        self._start_dials()
-        is_served = False
+        if state.dialling + state.living < state.limit or self._tender is None:
+            self._start_dials()
         try:
             error: EgressUnavailable | None = waiter.get()
-            if error is not None:
-                # One error ends many waits; without this each would add its frames to the same traceback.
-                raise error.with_traceback(None)
-            is_served = True
-            return state.take(waiter)
-        finally:
-            if not is_served:
-                self._wake(state.forsake(waiter, time.monotonic()))
+            if error is None:
+                return state.take(waiter)
+            # One error ends many waits; without this each would add its frames to the same traceback.
+            raise error.with_traceback(None)
+        except BaseException:
+            self._wake(state.forsake(waiter, time.monotonic()))
+            raise
 
     def _set_alarm(self, at: float) -> None:
         """Ring at ``at``. As in ``channel``, one alarm serves all: it looks at the waiters of that moment."""

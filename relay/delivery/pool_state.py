@@ -44,6 +44,8 @@ class PoolState(Generic[S, W]):
         self.limit = size
         """How many may be open now: ``size``, or fewer while the smarthost wants it so."""
         self.dialling = 0
+        self.living = 0
+        """Connections that are open: idle, reserved or busy."""
         self.idle: list[S] = []
         """The one used last is at the end and goes first, so that the others can grow old and be retired."""
         self.reserved: dict[W, S] = {}
@@ -60,11 +62,6 @@ class PoolState(Generic[S, W]):
         self._limit_rises_at = 0.0
 
     @property
-    def living(self) -> int:
-        """Connections that are open."""
-        return len(self.idle) + len(self.reserved) + len(self.busy)
-
-    @property
     def open(self) -> int:
         """What counts against the bound."""
         return self.dialling + self.living
@@ -76,7 +73,7 @@ class PoolState(Generic[S, W]):
             if now - session.idle_since < self._idle_seconds and now - session.opened_at < self._max_age_seconds:
                 self.busy.add(session)
                 return session
-            self.retired.append(session)
+            self._retire(session)
         return None
 
     def wait(self, waiter: W, deadline: float) -> None:
@@ -106,7 +103,7 @@ class PoolState(Generic[S, W]):
         """A busy connection comes back. Returns the waiter for whom it is now reserved, to be woken."""
         self.busy.remove(session)
         if not is_reusable:
-            self.retired.append(session)
+            self._retire(session)
             return None
         session.idle_since = now
         return self._offer(session, now)
@@ -147,6 +144,7 @@ class PoolState(Generic[S, W]):
     def dialled(self, session: S, now: float) -> W | None:
         """A dial succeeded. Returns the waiter for whom the connection is reserved, to be woken."""
         self.dialling -= 1
+        self.living += 1
         session.idle_since = now
         return self._offer(session, now)
 
@@ -156,10 +154,12 @@ class PoolState(Generic[S, W]):
 
     def reap(self, now: float) -> None:
         """Retire the idle connections whose time is over."""
-        keep: list[S] = []
-        for session in self.idle:
-            (self.retired if self._is_worn_out(session, now) else keep).append(session)
-        self.idle = keep
+        idle, self.idle = self.idle, []
+        for session in idle:
+            if self._is_worn_out(session, now):
+                self._retire(session)
+            else:
+                self.idle.append(session)
 
     def drop_waiters(self) -> list[W]:
         """Return everyone who queues, and forget them."""
@@ -170,13 +170,13 @@ class PoolState(Generic[S, W]):
     def close(self) -> list[W]:
         """Retire what is idle and let nothing become idle again. Returns the waiters, to be refused."""
         self.is_closed = True
-        self.retired += self.idle
-        self.idle = []
+        while self.idle:
+            self._retire(self.idle.pop())
         return self.drop_waiters()
 
     def _offer(self, session: S, now: float) -> W | None:
         if self.is_closed or self._is_worn_out(session, now):
-            self.retired.append(session)
+            self._retire(session)
             return None
         if self.waiters:
             waiter, _ = self.waiters.popitem(last=False)
@@ -184,6 +184,11 @@ class PoolState(Generic[S, W]):
             return waiter
         self.idle.append(session)
         return None
+
+    def _retire(self, session: S) -> None:
+        """The connection, which is nowhere any more, is to be closed."""
+        self.living -= 1
+        self.retired.append(session)
 
     def _is_worn_out(self, session: S, now: float) -> bool:
         return (

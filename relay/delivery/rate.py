@@ -57,6 +57,10 @@ class Rate:
         self._ceiling = ceiling or math.inf
         self.current = self._ceiling
         """Recipients a second, infinite when nothing limits them."""
+        self.is_limited = self.current < math.inf
+        """Whether anybody may have to wait."""
+        self.is_lowered = False
+        """Whether the smarthost takes less than was set."""
         self.throttled_count = 0
         """Refusals for being too fast."""
         self._tokens = 0.0
@@ -66,22 +70,13 @@ class Rate:
         self._throttled_at = -math.inf
         self._has_held_back = False
         self._taken = [0] * BINS
-        """Recipients taken in each of the last bins of time."""
+        """Recipients taken in each of the last bins of time, but for the present one."""
+        self._taken_now = 0
+        """Recipients taken in the present one."""
         self._bin = -BINS
-        self._place = 0
         self._bin_ends_at = -math.inf
         self._first_bin = 0
         """Of the busy spell: the first one after a whole window in which nothing was taken."""
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether anybody may have to wait."""
-        return self.current < math.inf
-
-    @property
-    def is_lowered(self) -> bool:
-        """Whether the smarthost takes less than was set."""
-        return self.current < self._ceiling
 
     def take(self, recipients: int, now: float) -> bool:
         """Take room for so many when there is some. More than a whole burst is let through and paid for after."""
@@ -105,8 +100,8 @@ class Rate:
         """The smarthost took so many; return whether the rate was raised for it."""
         if now >= self._bin_ends_at:
             self._turn_to(int(now / BIN_SECONDS))
-        self._taken[self._place] += recipients
-        return self.current < self._ceiling and self._raise(now)
+        self._taken_now += recipients
+        return self.is_lowered and self._raise(now)
 
     def throttled(self, now: float) -> bool:
         """The smarthost refused for being too fast; return whether the rate was lowered for it."""
@@ -125,17 +120,19 @@ class Rate:
         self._turn_to(int(now / BIN_SECONDS))
         # Smarthosts count by the second: what they took in the first part of one may have been all of it.
         bins = min(BINS, max(self._bin - self._first_bin + 1, BINS // 2))
-        return sum(self._taken) / (bins * BIN_SECONDS)
+        return (sum(self._taken) + self._taken_now) / (bins * BIN_SECONDS)
 
     def _turn_to(self, number: int) -> None:
         if number - self._bin >= BINS:
             self._taken = [0] * BINS
+            self._taken_now = 0
             self._first_bin = number
-        else:
+        elif number > self._bin:
+            self._taken[self._bin % BINS] = self._taken_now
+            self._taken_now = 0
             for passed in range(self._bin + 1, number + 1):
                 self._taken[passed % BINS] = 0
         self._bin = number
-        self._place = number % BINS
         self._bin_ends_at = (number + 1) * BIN_SECONDS
 
     def _raise(self, now: float) -> bool:
@@ -152,6 +149,8 @@ class Rate:
     def _change(self, rate: float, now: float) -> None:
         self._fill(now)
         self.current = rate
+        self.is_limited = rate < math.inf
+        self.is_lowered = rate < self._ceiling
         self._tokens = min(self._tokens, self._capacity)
         self._has_held_back = False
 

@@ -24,6 +24,10 @@ MAX_TEXT_CHARACTERS: Final = 500
 # 1yz does not exist in SMTP (RFC 5321 §4.2.1). A bare code without text must be understood (§4.2).
 _LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])([^\r\n]*))?\r?\n")
 _ENHANCED: Final = re.compile(r"([245]\.[0-9]{1,3}\.[0-9]{1,3})(?:\s+|$)")
+# What usually answers the final dot: one line, all of it printable ASCII with no space at either end of its enhanced
+# code but the one, and short enough for ``Reply.text`` to show it whole. What might begin with another enhanced code,
+# or with one that stands alone, is not of this kind.
+_PLAIN_250: Final = re.compile(r"250 (?:(2\.[0-9]{1,3}\.[0-9]{1,3}) |(?![245]\.[0-9]))([!-~][ -~]{0,499})\r\n")
 _REMOTE_ID: Final = re.compile(
     r"ok(?::? queued as |(?: id=| ))(?=\S*[0-9])([A-Za-z0-9][A-Za-z0-9._@=+-]{0,199})$", re.IGNORECASE
 )
@@ -71,10 +75,22 @@ class Reply(NamedTuple):
     @property
     def remote_id(self) -> str:
         """The peer's own id of the mail: ``250 Ok <id>``, ``250 2.0.0 Ok: queued as <id>``; '' when there is none."""
-        if len(self.lines[0]) <= 3 or not self.is_positive:
-            return ""
-        match = _REMOTE_ID.match(self.lines[0])
-        return match[1] if match else ""
+        return remote_id_in(self.lines[0]) if self.is_positive else ""
+
+
+def plain_250(data: bytes) -> tuple[str, ...] | None:
+    """Return enhanced code and text when ``data`` is one whole 250 of the usual form, and nothing else; else ``None``.
+
+    What ``ReplyBuffer`` makes of the same bytes, for a fraction of the work.
+    """
+    match = _PLAIN_250.fullmatch(data.decode("latin-1"))
+    return match and match.groups("")
+
+
+def remote_id_in(line: str) -> str:
+    """Return the id in the text of a positive reply's first line, '' when there is none."""
+    match = _REMOTE_ID.match(line) if len(line) > 3 else None
+    return match[1] if match else ""
 
 
 class ReplyBuffer:
@@ -84,22 +100,20 @@ class ReplyBuffer:
     sends byte by byte costs no more than one that does not.
     """
 
-    __slots__ = ("_code", "_data", "_lines", "_lines_bytes")
+    __slots__ = ("_code", "_data", "_lines", "_lines_bytes", "is_empty")
 
     def __init__(self) -> None:
+        self.is_empty = True
+        """Whether nothing has arrived that was not taken: bytes left over belong to no command."""
         self._data = b""
         self._code = b""
         self._lines: list[bytes] = []
         self._lines_bytes = 0
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing has arrived that was not taken: bytes left over belong to no command."""
-        return not self._data and not self._lines
-
     def feed(self, data: bytes) -> None:
         """Add what was read. Raises ``ProtocolViolation`` when too much waits."""
         self._data = self._data + data if self._data else data
+        self.is_empty = self.is_empty and not data
         if len(self._data) > MAX_REPLY_BYTES:
             raise ProtocolViolation(f"more than {MAX_REPLY_BYTES} bytes of replies wait to be read")
 
@@ -119,11 +133,13 @@ class ReplyBuffer:
             self._data = self._data[line_bytes:]
             code, separator, text = match.groups(b"")
             if not self._lines and separator != b"-":
+                self.is_empty = not self._data
                 return _reply(code, (text,))
             self._add_line(code, text, line_bytes)
             if separator != b"-":
                 lines = tuple(self._lines)
                 self._lines.clear()
+                self.is_empty = not self._data
                 return _reply(code, lines)
         return None
 

@@ -6,6 +6,9 @@ Owns the order of commands, pipelining and the pairing of replies with commands.
 A transaction always ends in outcomes. After it the session is reusable only when every command has its reply and
 nothing else has arrived: a reply too many or too few would be taken for the answer to the next mail.
 
+A caller may have the last word: its ``commit`` is asked between the 354 and the first octet of the content, and when it
+says no the connection is closed without the final dot, so that the peer has no mail (RFC 5321 §4.1.1.4).
+
 A caller does not wait for the final dot's reply beyond its deadline: the transaction then ends in doubt for it, and
 whoever has the session goes on with ``await_dot`` until the smarthost has spoken.
 """
@@ -13,16 +16,18 @@ whoever has the session goes on with ``await_dot`` until the smarthost has spoke
 from __future__ import annotations
 
 import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from relay.delivery.channel import Channel, ChannelTimeout
 from relay.delivery.config import SmarthostConfig
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
-from relay.delivery.reply import Extensions, Reply, ReplyBuffer
+from relay.delivery.reply import Extensions, Reply, ReplyBuffer, plain_250, remote_id_in
 from relay.delivery.trouble import (
     LocalFailure,
+    Radius,
     Remedy,
     Trouble,
     classify_local,
@@ -31,19 +36,33 @@ from relay.delivery.trouble import (
     is_goodbye,
     refused,
 )
-from relay.delivery.wire import END_OF_CONTENT, dot_stuffed, is_plain_path, is_safe_path, mail_command, rcpt_command
+from relay.delivery.wire import (
+    END_OF_CONTENT,
+    are_plain_paths,
+    dot_stuffed,
+    dot_stuffed_pieces,
+    is_safe_path,
+    mail_command,
+    plain_commands,
+    rcpt_command,
+)
 from relay.errors import ProtocolViolation
 
 MAX_GROUP_BYTES: Final = 16384
 """Commands in one pipelined write: more might fill both directions' buffers and block for ever (RFC 2920 §3.1)."""
 
 LARGE_CONTENT_BYTES: Final = 65536
-"""More than that is still being sent when a server that has read its beginning refuses it."""
+"""More than that is still being sent when a server that has read its beginning refuses it; it is made ready piece by
+piece, for the sake of memory."""
 
 # The usual answer to MAIL, one RCPT and DATA; anything else goes the long way.
 _GO_AHEAD: Final = re.compile(rb"250 [^\r\n]*\r\n25[01] [^\r\n]*\r\n354 [^\r\n]*\r\n")
 _OPEN: Final = Outcome(State.DEFERRED)
 """Stands in a list of results for a recipient whose outcome is not known yet."""
+
+Commit = Callable[[Sequence[int]], bool]
+"""Asked whether the content may go out now, and given the places of those forward-paths that it goes to. It may block;
+it must not raise."""
 
 
 class Ending(NamedTuple):
@@ -51,18 +70,22 @@ class Ending(NamedTuple):
 
     trouble: Trouble
     """The widest in it."""
-    remedy: Remedy | None
-    """What may be tried at once for those at ``places``."""
-    places: Sequence[int]
-    """Where in the outcomes those stand whom one failure ended together; who was refused alone, by the reply to RCPT,
-    is not among them."""
+    again: Mapping[int, Remedy]
+    """Places in the outcomes, and what may be tried at once for those who stand there."""
     reason: str
     """What was said, or happened, in the trouble."""
     is_awaiting_dot: bool
     """Whether it has not ended for the session: ``await_dot`` must follow."""
+    is_kept: bool
+    """Whether the session was not to be given back but used again at once: for ``await_dot``, or for another
+    transaction for the rest of the recipients, which is all that there is to do about the trouble."""
     is_stale: bool
     """Whether it failed on its first command because the peer had already hung up on this reused connection: nothing
     has been tried yet, so the mail may go out again at once."""
+
+
+class _NotCommitted(Exception):
+    """The caller does not want the content to be sent after all."""
 
 
 class _NoReplyYet(Exception):
@@ -84,6 +107,7 @@ class Session:
         self._channel = channel
         self._replies = ReplyBuffer()
         self._extensions = extensions
+        self._most_plain_bytes = min(extensions.size_limit_bytes or sys.maxsize, LARGE_CONTENT_BYTES)
         timeouts = self._timeouts = config.timeouts
         self._limit_seconds = {
             Phase.RSET: timeouts.rset_seconds,
@@ -96,23 +120,29 @@ class Session:
         self._reverse_path = ""
         self._needs_rset = False
         self._is_broken = False
-        self._is_in_transaction = False
         self._has_reply = False
         self._undecided: list[Outcome] = []
         self._was_broken = False
         self._dot_until = 0.0
-        self._content_bytes = 0
+        self._is_large = False
+        self.is_reusable = True
+        """Whether another transaction may follow; not while one is under way."""
         self.opened_at = time.monotonic()
         self.idle_since = self.opened_at
         """Kept by the pool."""
         self.transactions = 0
         """Begun so far."""
+        self.began_at = self.opened_at
+        """When the last one began; later by as long as ``commit`` took, which says nothing of the smarthost."""
+        self.ending: Ending | None = None
+        """How the last one ended; None when it met with no trouble."""
         self._trouble: Trouble | None = None
         self._reason = ""
-        self._ended_together: Sequence[int] = ()
-        self._remedy: Remedy | None = None
+        self._again: dict[int, Remedy] = {}
         self.is_awaiting_dot = False
         """Whether the final dot was sent, its reply is outstanding, and ``await_dot`` must follow."""
+        self.is_kept = False
+        """As in ``ending``."""
         self._is_stale = False
 
     @property
@@ -120,71 +150,73 @@ class Session:
         """What the smarthost offered in its last EHLO answer."""
         return self._extensions
 
-    @property
-    def is_reusable(self) -> bool:
-        """Whether another transaction may follow."""
-        return not (self._is_broken or self._is_in_transaction)
-
     def transact(
-        self, reverse_path: str, forward_paths: tuple[str, ...], content: bytes, deadline: float
+        self,
+        reverse_path: str,
+        forward_paths: tuple[str, ...],
+        content: bytes,
+        deadline: float,
+        commit: Commit | None = None,
     ) -> list[Outcome]:
         """Hand one mail over; return one outcome per forward-path, in the same order.
 
-        Blocks until ``deadline`` (``time.monotonic()``) at most. Never raises for what the peer or the network does.
-        ``content`` has CRLF line ends; it is dot-stuffed here.
+        Blocks until ``deadline`` (``time.monotonic()``) at most, or longer if ``commit`` does. Never raises for what
+        the peer or the network does. ``content`` has CRLF line ends; it is dot-stuffed here.
         """
-        self._trouble = None
-        self._ended_together = ()
-        self._remedy = None
-        self._is_stale = False
+        if self._trouble is not None:
+            self._forget_trouble()
         self._reverse_path = reverse_path
         results = [_OPEN] * len(forward_paths)
+        is_plain = (
+            len(content) <= self._most_plain_bytes
+            and content.isascii()
+            and b"\0" not in content
+            and are_plain_paths(reverse_path + "".join(forward_paths))
+        )
         is_ascii = is_7bit = True
-        limit_bytes = self._extensions.size_limit_bytes
-        if (
-            (limit_bytes and len(content) > limit_bytes)
-            or not (is_plain_path(reverse_path) and all(map(is_plain_path, forward_paths)))
-            or not content.isascii()
-            or b"\0" in content
-        ):
+        if not is_plain:
             is_7bit = content.isascii()
             # RFC 6531 §3.4: header fields in UTF-8 need SMTPUTF8 too (a local part in Reply-To, say).
-            is_ascii = is_7bit or content.partition(b"\r\n\r\n")[0].isascii()
-            is_ascii = is_ascii and reverse_path.isascii() and all(map(str.isascii, forward_paths))
+            is_ascii = reverse_path.isascii() and (is_7bit or _has_ascii_header(content))
             failure = self._reason_not_to_send((reverse_path, *forward_paths), content, is_ascii, is_7bit)
             if failure is not None:
                 self._end(results, self._local_outcome(Phase.MAIL, failure))
+            elif not self._extensions.smtputf8:
+                self._fail_non_ascii(forward_paths, results)
+            places = _open_places(results)
+            if not places:
+                self._end_transaction()
                 return results
-        size_bytes = len(content) if self._extensions.size else None
-        is_8bitmime = not is_7bit and self._extensions.eightbitmime
-        mail = mail_command(reverse_path, size_bytes, is_smtputf8=not is_ascii, is_8bitmime=is_8bitmime)
-        rcpts = [rcpt_command(path) for path in forward_paths]
+            is_ascii = is_ascii and all(forward_paths[place].isascii() for place in places)
         # Until this is taken back, an exception that passes through (a killed greenlet) leaves an unusable session.
-        self._is_in_transaction = True
+        self.is_reusable = False
         self._has_reply = False
         self.transactions += 1
+        size_bytes = len(content) if self._extensions.size else None
         try:
-            self._send_mail(mail, rcpts, content, deadline, results)
+            if is_plain and len(forward_paths) == 1 and self._extensions.pipelining and not self._needs_rset:
+                self._send_plain_mail(
+                    plain_commands(reverse_path, forward_paths[0], size_bytes), content, deadline, results, commit
+                )
+            else:
+                is_8bitmime = not is_7bit and self._extensions.eightbitmime
+                mail = mail_command(reverse_path, size_bytes, is_smtputf8=not is_ascii, is_8bitmime=is_8bitmime)
+                rcpts = {place: rcpt_command(forward_paths[place]) for place in _open_places(results)}
+                self._send_mail(mail, rcpts, content, deadline, results, commit)
         except _NoReplyYet:
-            # The session stays in its transaction: nobody else may use it.
+            # The session stays in its transaction: being in doubt makes it unusable, until ``await_dot`` knows more.
             self.is_awaiting_dot = True
             self._undecided = results.copy()
             self._was_broken = self._is_broken
             self._end(results, self._local_outcome(Phase.DOT, LocalFailure.NO_REPLY_YET))
-            return results
+        except _NotCommitted:
+            # Not for those either who were to be served apart: what holds for the mail holds for all of it.
+            self._again.clear()
+            self._end(results, self._local_outcome(Phase.CONTENT, LocalFailure.NOT_COMMITTED))
         except (_Goodbye, OSError, ProtocolViolation) as error:
-            self._break_off(error, results)
+            self._break_off(error, results, deadline)
         self._end_transaction()
         return results
-
-    @property
-    def ending(self) -> Ending | None:
-        """How the last transaction ended; None when it met with no trouble."""
-        if self._trouble is None:
-            return None
-        return Ending(
-            self._trouble, self._remedy, self._ended_together, self._reason, self.is_awaiting_dot, self._is_stale
-        )
 
     def await_dot(self) -> list[Outcome]:
         """Go on waiting for the final dot's reply; return the transaction's outcomes anew.
@@ -192,16 +224,13 @@ class Session:
         Blocks up to the time limit for the dot, counted from when it was sent, or until ``close``.
         """
         results, self._undecided = self._undecided, []
-        self.is_awaiting_dot = False
         # That there was no reply yet spoils nothing; a refusal before it that forbids reuse still does.
         self._is_broken = self._was_broken
-        self._trouble = None
-        self._ended_together = ()
-        self._remedy = None
+        self._forget_trouble()
         try:
             self._take_dot_reply(self._dot_until, results)
         except (_Goodbye, OSError, ProtocolViolation) as error:
-            self._break_off(error, results)
+            self._break_off(error, results, self._dot_until)
         self._end_transaction()
         return results
 
@@ -210,11 +239,14 @@ class Session:
         if self._channel.read_available() is None:
             return True
         self._is_broken = True
+        self.is_reusable = False
         return False
 
     def noop(self) -> Reply:
         """Ask for nothing and return the reply. Raises ``OSError`` or ``ProtocolViolation``."""
-        return self._ask(Phase.NOOP, b"NOOP\r\n", time.monotonic() + self._timeouts.rset_seconds)
+        reply = self._ask(Phase.NOOP, b"NOOP\r\n", time.monotonic() + self._timeouts.rset_seconds)
+        self._expect_silence()
+        return reply
 
     def quit(self, wait_seconds: float = 0.0) -> None:
         """Say goodbye when that is possible and close; waits for the answer at most ``wait_seconds``."""
@@ -232,30 +264,64 @@ class Session:
     def close(self) -> None:
         """Close without a word; a transaction in another greenlet ends at once as if the connection were lost."""
         self._is_broken = True
+        self.is_reusable = False
         self._channel.close()
 
-    def _send_mail(
-        self, mail: bytes, rcpts: list[bytes], content: bytes, deadline: float, results: list[Outcome]
+    def _send_plain_mail(
+        self, commands: bytes, content: bytes, deadline: float, results: list[Outcome], commit: Commit | None
     ) -> None:
-        """Do the transaction; what it leaves ``_OPEN`` in ``results`` is settled by the exception that it raises."""
+        """Do the usual transaction, as ``_send_mail`` does any: one recipient, and all ``commands`` in one write.
+
+        Three replies that say yes are known at a glance; anything else is taken reply by reply.
+        """
+        self._phase = Phase.MAIL
+        self._is_large = False
+        now = self.began_at = time.monotonic()
+        until = min(deadline, now + self._timeouts.mail_seconds)
+        self._expect_silence()
+        self._channel.write(commands, until)
+        chunk = self._channel.read(until)
+        if not _GO_AHEAD.fullmatch(chunk):
+            self._feed(chunk)
+            if not self._open_transaction(b"", {0: b""}, results, until, deadline, is_pipelined=True):
+                return
+        self._send_content(content, deadline, results, commit)
+
+    def _send_mail(
+        self,
+        mail: bytes,
+        rcpts: Mapping[int, bytes],
+        content: bytes,
+        deadline: float,
+        results: list[Outcome],
+        commit: Commit | None,
+    ) -> None:
+        """Do the transaction; what it leaves ``_OPEN`` in ``results`` is settled by the exception that it raises.
+
+        ``rcpts`` has the commands of those who are to be in it, by their places in ``results``.
+        """
         self._phase = Phase.RSET if self._needs_rset else Phase.MAIL
-        until = min(deadline, time.monotonic() + self._limit_seconds[self._phase])
+        self._is_large = len(content) > LARGE_CONTENT_BYTES
+        self.began_at = time.monotonic()
+        until = min(deadline, self.began_at + self._limit_seconds[self._phase])
         is_pipelined = False
         if self._extensions.pipelining:
-            group = b"".join((b"RSET\r\n" if self._needs_rset else b"", mail, *rcpts, b"DATA\r\n"))
+            group = b"".join((b"RSET\r\n" if self._needs_rset else b"", mail, *rcpts.values(), b"DATA\r\n"))
             if len(group) <= MAX_GROUP_BYTES:
                 is_pipelined = True
+                self._expect_silence()
                 self._channel.write(group, until)
-                chunk = self._channel.read(until)
-                if len(rcpts) == 1 and _GO_AHEAD.fullmatch(chunk) and not self._needs_rset:
-                    self._send_content(content, deadline, results)
-                    return
-                self._feed(chunk)
         if self._open_transaction(mail, rcpts, results, until, deadline, is_pipelined):
-            self._send_content(content, deadline, results)
+            self._send_content(content, deadline, results, commit)
 
     def _open_transaction(
-        self, mail: bytes, rcpts: list[bytes], results: list[Outcome], until: float, deadline: float, is_pipelined: bool
+        self,
+        mail: bytes,
+        rcpts: Mapping[int, bytes],
+        results: list[Outcome],
+        until: float,
+        deadline: float,
+        is_pipelined: bool,
     ) -> bool:
         """Take the commands up to DATA one by one; return whether the peer waits for content that we want to send.
 
@@ -281,16 +347,18 @@ class Session:
         is_mail_accepted = self._settle(reply, results)
         if not is_mail_accepted and not is_pipelined:
             return False
-        for index, rcpt in enumerate(rcpts):
+        is_any_accepted = False
+        for place, rcpt in rcpts.items():
             reply = ask(Phase.RCPT, rcpt)
             if is_mail_accepted and reply.code == 503:
                 raise _Goodbye(reply)  # In the middle of a transaction: the peer is out of step with us.
-            if is_mail_accepted and not reply.is_positive:
-                results[index], trouble = self._refusal(_no_intermediate(reply))
-                if trouble.remedy is not None:
-                    self._ended_together = [*self._ended_together, index]
-                    self._remedy = trouble.remedy
-        is_any_accepted = any(result is _OPEN for result in results)
+            if is_mail_accepted and reply.is_positive:
+                is_any_accepted = True
+            elif is_mail_accepted:
+                results[place], trouble = self._refusal(_no_intermediate(reply))
+                # To be served apart from others there must be others.
+                if trouble.remedy is not None and (is_any_accepted or trouble.remedy is not Remedy.APART):
+                    self._again[place] = trouble.remedy
         if not is_any_accepted and not is_pipelined:
             self._needs_rset = True
             return False
@@ -302,21 +370,33 @@ class Session:
                 # Else a 503 only says that nothing came before it, which we know.
                 self._settle(reply, results)
             self._needs_rset = is_mail_accepted
-        elif not is_any_accepted:
+        elif is_any_accepted:
+            self._phase = Phase.CONTENT
+            self._expect_silence()
+            return True
+        else:
             self._end_empty_content(deadline)
-        return reply.is_intermediate and is_any_accepted
+        return False
 
-    def _send_content(self, content: bytes, deadline: float, results: list[Outcome]) -> None:
-        """Send the content with its final dot and settle every recipient that is still open."""
+    def _send_content(self, content: bytes, deadline: float, results: list[Outcome], commit: Commit | None) -> None:
+        """Send the content with its final dot and settle every recipient that is still open.
+
+        Every command so far must have its reply, and nothing else may have come.
+        """
         self._has_reply = True
         self._phase = Phase.CONTENT
+        if commit is not None:
+            self._commit(commit, results)
         now = time.monotonic()
         if now >= deadline:
             raise TimeoutError
-        self._content_bytes = len(content)
-        self._expect_silence()
+        until = min(deadline, now + self._timeouts.content_seconds)
         try:
-            self._channel.write(dot_stuffed(content), min(deadline, now + self._timeouts.content_seconds))
+            if self._is_large:
+                for piece in dot_stuffed_pieces(content):
+                    self._channel.write(piece, until)
+            else:
+                self._channel.write(dot_stuffed(content), until)
         except OSError:
             self._read_last_words(results)
             raise
@@ -329,8 +409,37 @@ class Session:
                 raise _NoReplyYet from None
             raise
 
+    def _commit(self, commit: Commit, results: list[Outcome]) -> None:
+        """Ask whether the content may be sent. Raises what ends the transaction if not, or if the peer has not waited.
+
+        It may have taken long, and the peer may have tired of waiting: what it said answers no content, and content
+        must not follow it.
+        """
+        asked_at = time.monotonic()
+        if not commit(_open_places(results)):
+            raise _NotCommitted
+        self.began_at += time.monotonic() - asked_at
+        last_words = self._channel.read_available()
+        if last_words is not None:
+            self._feed(last_words)
+            self._take_last_words(results)
+            self._expect_silence()
+            raise ProtocolViolation("a reply to content that was not sent")
+
     def _take_dot_reply(self, until: float, results: list[Outcome]) -> None:
         """Read the reply to the final dot and settle every recipient that is still open."""
+        if self._replies.is_empty:
+            chunk = self._channel.read(until)
+            usual = plain_250(chunk)
+            if usual is not None:
+                code, text = usual
+                relayed = Outcome(State.RELAYED, text, 250, code, SaidBy.PEER, Phase.DOT, 1, remote_id_in(text))
+                if len(results) == 1:
+                    results[0] = relayed  # It is open, or there would be no dot.
+                else:
+                    _fill(results, relayed)
+                return
+            self._feed(chunk)
         reply = self._read_reply(until)
         if not reply.is_positive:
             if not self._replies.is_empty:
@@ -339,15 +448,13 @@ class Session:
             if is_goodbye(reply) or reply.code == 503:
                 raise _Goodbye(reply)
             self._settle(reply, results)
-            if reply.is_permanent and self._content_bytes > LARGE_CONTENT_BYTES:
+            if reply.is_permanent and self._is_large:
                 # It may have been said before the content was over, and be said again for the dot.
                 self._is_broken = True
             return
-        code, _, enhanced_code = reply
-        _fill(
-            results,
-            Outcome(State.RELAYED, reply.text, code, enhanced_code, SaidBy.PEER, Phase.DOT, 1, reply.remote_id),
-        )
+        code = reply.enhanced_code
+        relayed = Outcome(State.RELAYED, reply.text, reply.code, code, SaidBy.PEER, Phase.DOT, 1, reply.remote_id)
+        _fill(results, relayed)
 
     def _end_empty_content(self, deadline: float) -> None:
         """Answer a 354 that came although nobody is left to receive: one dot, and its reply means nothing to us."""
@@ -358,9 +465,12 @@ class Session:
     def _read_last_words(self, results: list[Outcome]) -> None:
         """A server that refuses the content half-way says so (552) before it hangs up: take that as the reason."""
         last_words = self._channel.read_available()
-        if not last_words:
-            return
-        self._replies.feed(last_words)
+        if last_words:
+            self._replies.feed(last_words)
+            self._take_last_words(results)
+
+    def _take_last_words(self, results: list[Outcome]) -> None:
+        """What was said before the final dot: a refusal is the outcome, and a goodbye one for this connection."""
         reply = self._replies.take()
         if reply is None:
             return
@@ -399,10 +509,19 @@ class Session:
             raise ConnectionError("the peer hung up")
         self._replies.feed(chunk)
 
+    def _fail_non_ascii(self, forward_paths: tuple[str, ...], results: list[Outcome]) -> None:
+        """Give those their outcome whom a smarthost without SMTPUTF8 cannot serve; it can still serve the others."""
+        for place, path in enumerate(forward_paths):
+            if not path.isascii():
+                results[place], _ = self._local_outcome(Phase.MAIL, LocalFailure.NEEDS_SMTPUTF8)
+
     def _reason_not_to_send(
         self, paths: tuple[str, ...], content: bytes, is_ascii: bool, is_7bit: bool
     ) -> LocalFailure | None:
-        """Look closely at what is not plain or may be too big; ``paths`` begins with the reverse-path."""
+        """Look closely at what is not plain or may be too big; ``paths`` begins with the reverse-path.
+
+        ``is_ascii``: whether the reverse-path and the content's header are.
+        """
         if not all(map(is_safe_path, paths)):
             return LocalFailure.BAD_PATH
         # No mail may have one, and where NULs are dropped a dot after one begins a line: it could end the mail.
@@ -428,7 +547,9 @@ class Session:
         self._note(trouble, outcome.detail)
         return outcome, trouble
 
-    def _break_off(self, error: _Goodbye | OSError | ProtocolViolation, results: list[Outcome]) -> None:
+    def _break_off(
+        self, error: _Goodbye | OSError | ProtocolViolation, results: list[Outcome], deadline: float
+    ) -> None:
         """The connection is of no more use: that ends the transaction for everyone who is still in it."""
         is_untouched = self.transactions > 1 and not self._has_reply
         if isinstance(error, _Goodbye):
@@ -439,22 +560,38 @@ class Session:
             failure = local_failure(error)
             self._is_stale = is_untouched and failure is LocalFailure.LOST
             detail = str(error) if failure is LocalFailure.GARBAGE else ""
-            ending = self._local_outcome(self._phase, failure, detail)
+            outcome, trouble = ending = self._local_outcome(self._phase, failure, detail)
+            if failure is LocalFailure.TIMEOUT:
+                self._again.clear()  # A slow server is not asked again, for nobody.
+                if outcome.state is State.DEFERRED and time.monotonic() >= deadline:
+                    ending = outcome._replace(is_late=True), trouble
         self._end(results, ending)
 
     def _end(self, results: list[Outcome], ending: tuple[Outcome, Trouble]) -> None:
         """Give everyone who is still open the outcome that ends the transaction for all of them."""
-        places = [place for place, result in enumerate(results) if result is _OPEN]
-        if places:
-            outcome, trouble = ending
-            self._ended_together = places
-            self._remedy = trouble.remedy
-            _fill(results, outcome)
+        outcome, trouble = ending
+        if trouble.remedy is not None:
+            self._again |= dict.fromkeys(_open_places(results), trouble.remedy)
+        _fill(results, outcome)
 
     def _end_transaction(self) -> None:
-        self._is_in_transaction = False
         if not self._replies.is_empty:
             self._is_broken = True
+        self.is_reusable = not self._is_broken
+        if self._trouble is not None:
+            is_rest_all = self._trouble.radius <= Radius.TRANSACTION and set(self._again.values()) == {Remedy.APART}
+            self.is_kept = self.is_awaiting_dot or (is_rest_all and self.is_reusable)
+            self.ending = Ending(
+                self._trouble, self._again, self._reason, self.is_awaiting_dot, self.is_kept, self._is_stale
+            )
+
+    def _forget_trouble(self) -> None:
+        self.ending = None
+        self._trouble = None
+        self._again = {}
+        self.is_awaiting_dot = False
+        self.is_kept = False
+        self._is_stale = False
 
     def _note(self, trouble: Trouble, reason: str) -> None:
         if self._trouble is None or trouble.radius > self._trouble.radius:
@@ -469,6 +606,15 @@ def local_failure(error: OSError | ProtocolViolation) -> LocalFailure:
     if isinstance(error, ProtocolViolation):
         return LocalFailure.GARBAGE
     return LocalFailure.TIMEOUT if isinstance(error, TimeoutError) else LocalFailure.LOST
+
+
+def _has_ascii_header(content: bytes) -> bool:
+    end = content.find(b"\r\n\r\n")
+    return end >= 0 and content[:end].isascii()
+
+
+def _open_places(results: Sequence[Outcome]) -> list[int]:
+    return [place for place, result in enumerate(results) if result is _OPEN]
 
 
 def _fill(results: list[Outcome], outcome: Outcome) -> None:

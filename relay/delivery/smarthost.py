@@ -9,7 +9,9 @@ as long as the circuit is closed:
 
 - a stale connection (it had hung up before our first command) is replaced, as often as it takes, uncounted;
 - a connection that breaks before the content is sent is replaced, ``MAX_ATTEMPTS`` times in all;
-- a mail refused for being too fast waits and goes out at a lower rate.
+- a mail refused for being too fast waits and goes out at a lower rate;
+- recipients beyond what the smarthost takes in one transaction are served in another, as often as it takes, uncounted:
+  each serves at least one. At the sending rate they have had their turn with the others.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final
 
 import gevent
@@ -28,7 +30,7 @@ from relay.delivery.guard import Guard
 from relay.delivery.outcome import Outcome, Phase, State
 from relay.delivery.pacer import Pacer
 from relay.delivery.rate import Rate
-from relay.delivery.session import Ending, Session
+from relay.delivery.session import Commit, Ending, Session
 from relay.delivery.trouble import LocalFailure, Remedy, classify_local, failed_here
 from relay.errors import EgressUnavailable, PoolClosed, PoolTimeout, RateTimeout
 
@@ -45,6 +47,9 @@ ROOM_FOR_SLOWER: Final = 1.25
 """Times the usual time that a transaction must have left to be begun."""
 USUAL_HALVES_SECONDS: Final = 10.0
 """Without a transaction: one long wait of the past does not decide for ever."""
+
+COUNTED_REMEDIES: Final = frozenset({Remedy.ANEW, Remedy.FEWER})
+"""Those that could be tried for ever."""
 
 Settled = Callable[[list[Outcome]], None]
 
@@ -77,26 +82,42 @@ class Smarthost:
         content: bytes,
         deadline: float,
         on_settled: Settled | None = None,
+        commit: Commit | None = None,
     ) -> list[Outcome]:
         """Hand one mail over; return one outcome per forward-path, in the same order.
 
         ``content`` has CRLF line ends and is not dot-stuffed. Blocks until ``deadline`` (``time.monotonic()``) at most.
-        Raises nothing for what SMTP or the network does.
+        Raises nothing for what SMTP or the network does. What the deadline alone kept from being sent ``is_late``.
+
+        ``commit`` is called once the smarthost waits for content, and before the first octet of it, with the places in
+        ``forward_paths`` of those whom it accepted: a mail takes several transactions when one is tried again, or when
+        the smarthost does not take all recipients together, so it is called again for the same places or for others.
+        When it answers False they are DEFERRED (``deduplication unavailable``), no dot is sent and nothing more is
+        tried. It may block, at best not beyond the deadline, after which nothing is sent; it must not raise, but if it
+        does, or is killed, no dot is sent either.
 
         When the deadline comes while the final dot's reply is outstanding the outcomes are IN_DOUBT, the connection
         goes on waiting, and ``on_settled`` is called later, once and in another greenlet, with the outcomes as they
         turned out, IN_DOUBT again if no reply came. When the connection was lost before the deadline IN_DOUBT is final
         at once, and nothing is called.
         """
-        if self._circuit.is_closed:
-            return self._attempt(reverse_path, forward_paths, content, deadline, on_settled)
-        guard = self._guard
-        if not guard.begin_mail_probe():
+        is_probe = not self._circuit.is_closed
+        if is_probe and not self._guard.begin_mail_probe():
             return [_unattempted(LocalFailure.CIRCUIT_OPEN, self._circuit.reason)] * len(forward_paths)
         try:
-            return self._attempt(reverse_path, forward_paths, content, deadline, on_settled, is_probe=True)
+            session = self._connection(len(forward_paths), deadline)
+            outcomes, ending = self._transact(session, reverse_path, forward_paths, content, deadline, commit, is_probe)
+            if ending is None:
+                return outcomes
+            mail = _Mail(reverse_path, forward_paths, content, deadline, on_settled, commit, is_probe)
+            mail.take(outcomes)
+            self._try_again(mail, session, ending)
+            return mail.outcomes
+        except EgressUnavailable as error:
+            return [_outcome_of(error)] * len(forward_paths)
         finally:
-            guard.end_mail_probe()
+            if is_probe:
+                self._guard.end_mail_probe()
 
     def figures(self) -> dict[str, Any]:
         """Numbers and words for status pages and logs."""
@@ -121,36 +142,14 @@ class Smarthost:
         """After ``close``: let the calls of ``on_settled`` that are due come to an end."""
         gevent.joinall(list(self._settling), timeout=timeout_seconds)
 
-    def _attempt(
-        self,
-        reverse_path: str,
-        forward_paths: tuple[str, ...],
-        content: bytes,
-        deadline: float,
-        on_settled: Settled | None,
-        *,
-        is_probe: bool = False,
-    ) -> list[Outcome]:
-        """Try once, which nearly always is enough, or as long as something is left that may be tried again."""
-        try:
-            session = self._connection(len(forward_paths), deadline)
-        except EgressUnavailable as error:
-            return [_outcome_of(error)] * len(forward_paths)
-        outcomes, ending = self._transact(session, reverse_path, forward_paths, content, deadline, is_probe)
-        if ending is None:
-            return outcomes
-        mail = _Mail(reverse_path, forward_paths, content, deadline, on_settled, is_probe)
-        mail.take(outcomes)
-        self._try_again(mail, session, ending)
-        return mail.outcomes
-
     def _connection(self, recipients: int, deadline: float, *, is_retry: bool = False) -> Session:
         """Wait for this mail's turn and for a connection. Raises ``EgressUnavailable``."""
-        was_limited = self._rate.is_limited
+        rate = self._rate
+        was_limited = rate.is_limited
         if was_limited:
             self._pacer.wait(recipients, deadline, is_retry=is_retry)
         session = self._pool.acquire(deadline)
-        if self._rate.is_limited and not was_limited:
+        if rate.is_limited and not was_limited:
             # It queued for a connection when nothing was known of a limit yet: now it queues for its turn.
             self._pool.hand_back(session)
             self._pacer.wait(recipients, deadline)
@@ -168,53 +167,79 @@ class Smarthost:
         return deadline - now < self._usual_seconds * ROOM_FOR_SLOWER * share
 
     def _try_again(self, mail: _Mail, session: Session, ending: Ending) -> None:
-        """Go on from an attempt that ended in trouble, to the end of what may be tried."""
+        """Go on from an attempt that ended in trouble, to the end of what may be tried. Raises nothing."""
         # Each stale connection leaves the pool, so after all of them comes a fresh one, which cannot be stale.
         stale_left = self._config.pool_size + 1
         while True:
             if ending.is_awaiting_dot:
+                mail.note_late(ending.again)
                 self._settle_later(session, mail)
                 return
+            remedies: Collection[Remedy] = ()
             if ending.is_stale and stale_left:
                 stale_left -= 1
                 self._stale_replaced += 1
-            elif not self._prepare_retry(mail, ending):
-                return
-            if not (self._circuit.is_closed or mail.is_probe):
-                return
+            else:
+                stale_left = self._config.pool_size + 1
+                remedies = self._prepare_retry(mail, ending)
+                if not remedies:
+                    return
             try:
-                if ending.remedy is Remedy.SLOWER:
-                    session = self._connection(len(mail.paths), mail.deadline, is_retry=True)
-                else:
-                    session = self._pool.acquire(mail.deadline)
+                session = self._next_session(mail, session if ending.is_kept else None, remedies)
             except EgressUnavailable as error:
                 # What the smarthost said of an attempt tells more than that there was no time for another.
-                if mail.attempt == 1:
+                if ending.is_stale and mail.attempt == 1:
                     mail.take([_outcome_of(error)] * len(mail.paths))
+                elif isinstance(error, (PoolTimeout, RateTimeout)):
+                    mail.note_late(range(len(mail.paths)))
                 return
             outcomes, next_ending = self._transact(
-                session, mail.reverse_path, mail.paths, mail.content, mail.deadline, mail.is_probe
+                session, mail.reverse_path, mail.paths, mail.content, mail.deadline, mail.commit, mail.is_probe
             )
             mail.take(outcomes)
             if next_ending is None:
                 return
             ending = next_ending
 
-    def _prepare_retry(self, mail: _Mail, ending: Ending) -> bool:
-        """Whether there is to be another attempt; waits before it where that is needed."""
-        if ending.remedy is None:
-            return False
-        if ending.remedy is Remedy.SLOWER:
+    def _prepare_retry(self, mail: _Mail, ending: Ending) -> Collection[Remedy]:
+        """Leave those whom there is to be another attempt for, and return why; waits before it where that is needed."""
+        again = ending.again
+        if mail.attempt >= MAX_ATTEMPTS:
+            again = {place: remedy for place, remedy in again.items() if remedy not in COUNTED_REMEDIES}
+        if Remedy.SLOWER in again.values():
             # Spread, so that mails refused together do not come back together.
             pause_seconds = THROTTLED_PAUSE_SECONDS * random.uniform(0.75, 1.25)
-            if time.monotonic() + pause_seconds >= mail.deadline:
-                return False
-            gevent.sleep(pause_seconds)
-        elif mail.attempt >= MAX_ATTEMPTS:
-            return False
-        mail.narrow(ending.places)
-        self._retried += 1
-        return True
+            if time.monotonic() + pause_seconds < mail.deadline:
+                gevent.sleep(pause_seconds)
+            else:
+                mail.note_late(place for place, remedy in again.items() if remedy is Remedy.SLOWER)
+                again = {place: remedy for place, remedy in again.items() if remedy is not Remedy.SLOWER}
+        remedies = set(again.values())
+        if remedies:
+            mail.narrow(sorted(again))
+        if remedies - {Remedy.APART}:
+            mail.attempt += 1
+            self._retried += 1
+        return remedies
+
+    def _next_session(self, mail: _Mail, kept: Session | None, remedies: Collection[Remedy]) -> Session:
+        """Return a connection for another transaction: ``kept``, from the last one, if there is time for it.
+
+        Blocks until the mail's deadline at most, and never when one was kept. Raises ``EgressUnavailable``.
+        """
+        may_pass = self._circuit.is_closed or mail.is_probe
+        if kept is not None:
+            now = time.monotonic()
+            if may_pass and not self._is_too_late(mail.deadline, now):
+                return kept
+            self._pool.release(kept, now)
+        if not may_pass:
+            raise EgressUnavailable(self._circuit.reason)
+        if kept is not None:
+            raise PoolTimeout("no time is left for another transaction")
+        if Remedy.SLOWER in remedies:
+            return self._connection(len(mail.paths), mail.deadline, is_retry=True)
+        return self._pool.acquire(mail.deadline)
 
     def _transact(
         self,
@@ -223,18 +248,19 @@ class Smarthost:
         paths: tuple[str, ...],
         content: bytes,
         deadline: float,
+        commit: Commit | None,
         is_probe: bool,
     ) -> tuple[list[Outcome], Ending | None]:
-        """One transaction, and how it ended if not well. The session is given back unless it still awaits a reply."""
-        began_at = time.monotonic()
+        """One transaction, and how it ended if not well. The session is given back unless it ``is_kept``."""
         try:
-            outcomes = session.transact(reverse_path, paths, content, deadline)
+            outcomes = session.transact(reverse_path, paths, content, deadline, commit)
             # Before the session is given back: from then on it is somebody else's.
             ending = session.ending
+            began_at = session.began_at
         finally:
-            if not session.is_awaiting_dot:
-                self._pool.release(session, is_reusable=session.is_reusable)
-        now = time.monotonic()
+            now = time.monotonic()
+            if not session.is_kept:
+                self._pool.release(session, now)
         if ending is None:
             self._usual_seconds += (now - began_at - self._usual_seconds) * WEIGHT_OF_THE_LAST
             self._usual_at = now
@@ -254,8 +280,8 @@ class Smarthost:
             outcomes = session.await_dot()
             ending = session.ending
         finally:
-            self._pool.release(session, is_reusable=session.is_reusable)
-        now = time.monotonic()
+            now = time.monotonic()
+            self._pool.release(session, now)
         if ending is None:
             self._count_relayed(len(outcomes), now, mail.is_probe)
         else:
@@ -267,7 +293,8 @@ class Smarthost:
     def _heed(self, outcomes: list[Outcome], ending: Ending, now: float, is_probe: bool) -> None:
         """Do what the trouble asks for beyond the mail that met it."""
         self._guard.heed(ending.trouble, ending.reason, is_probe=is_probe)
-        if Remedy.SLOWER in (ending.remedy, ending.trouble.remedy) and self._rate.throttled(now):
+        is_throttled = ending.trouble.remedy is Remedy.SLOWER or Remedy.SLOWER in ending.again.values()
+        if is_throttled and self._rate.throttled(now):
             log.warning("the smarthost is given fewer recipients a second: %r", self._rate)
             self._pacer.rate_changed()
         relayed = sum(outcome.state is State.RELAYED for outcome in outcomes)
@@ -285,6 +312,7 @@ class _Mail:
     """One mail and what became of each of its forward-paths so far."""
 
     __slots__ = (
+        "_commit",
         "_places",
         "attempt",
         "content",
@@ -304,6 +332,7 @@ class _Mail:
         content: bytes,
         deadline: float,
         on_settled: Settled | None,
+        commit: Commit | None,
         is_probe: bool,
     ) -> None:
         self.reverse_path = reverse_path
@@ -316,11 +345,20 @@ class _Mail:
         self.is_probe = is_probe
         """Whether it may pass an open circuit, to see whether that can be closed."""
         self.attempt = 1
-        """Which one is, or was the last. A stale connection does not count."""
+        """Which one is, or was the last. A stale connection does not count, nor does serving some apart from others."""
         self.outcomes: list[Outcome] = []
         """One for each of ``forward_paths``, in their order, once there was an attempt."""
         self._places: list[int] | None = None
         """Where in ``outcomes`` those of ``paths`` stand; None: all, in order."""
+        self._commit = commit
+
+    @property
+    def commit(self) -> Commit | None:
+        """What a transaction for ``paths`` has to ask before it sends the content."""
+        commit, places = self._commit, self._places
+        if commit is None or places is None:
+            return commit
+        return lambda accepted: commit([places[place] for place in accepted])
 
     def take(self, outcomes: list[Outcome]) -> None:
         """Keep what an attempt came to."""
@@ -338,7 +376,13 @@ class _Mail:
         before = self._places
         self._places = list(places) if before is None else [before[place] for place in places]
         self.paths = tuple(self.forward_paths[place] for place in self._places)
-        self.attempt += 1
+
+    def note_late(self, places: Iterable[int]) -> None:
+        """No time is left for those at ``places`` of the last attempt's outcomes, who would have had another one."""
+        self.outcomes = self.outcomes.copy()
+        for place in places:
+            at = place if self._places is None else self._places[place]
+            self.outcomes[at] = self.outcomes[at]._replace(is_late=True)
 
 
 def _outcome_of(error: EgressUnavailable) -> Outcome:
@@ -346,9 +390,9 @@ def _outcome_of(error: EgressUnavailable) -> Outcome:
     if isinstance(error, OpeningFailed):
         return error.outcome
     if isinstance(error, PoolTimeout):
-        return _unattempted(LocalFailure.NO_CONNECTION)
+        return _unattempted(LocalFailure.NO_CONNECTION)._replace(is_late=True)
     if isinstance(error, RateTimeout):
-        return _unattempted(LocalFailure.NO_ROOM, str(error))
+        return _unattempted(LocalFailure.NO_ROOM, str(error))._replace(is_late=True)
     if isinstance(error, PoolClosed):
         return _unattempted(LocalFailure.CLOSING)
     return _unattempted(LocalFailure.CIRCUIT_OPEN, str(error))

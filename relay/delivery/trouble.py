@@ -2,7 +2,8 @@
 
 Pure. Owns the table below; leaves acting on it to ``session`` (connections), ``smarthost`` (another attempt) and
 ``guard`` (the circuit).
-Sources: RFC 5321 §4.2.1, §4.2.4.2, §4.3.2; RFC 3463 §3; RFC 4954 §6; RFC 1047; Amazon SES, "SMTP response codes".
+Sources: RFC 5321 §4.2.1, §4.2.4.2, §4.3.2, §4.5.3.1.10; RFC 3463 §3; RFC 4954 §6; RFC 1047;
+Amazon SES, "SMTP response codes".
 
 =====================================  ===========  ==========  ========  =====  ======
 failure                                state        radius      reusable  probe  remedy
@@ -20,7 +21,8 @@ failure                                state        radius      reusable  probe 
 503 (we are out of step)               DEFERRED     connection  no        -      anew
 4yz to RCPT                            DEFERRED     recipient   yes       -      -
 4yz to MAIL, DATA, the final dot       DEFERRED     transaction yes       -      -
-5yz 5.5.3 to RCPT (too many)           DEFERRED     recipient   yes       -      -
+452, 552, x.5.3 "too many recipients"
+to RCPT                                DEFERRED     recipient   yes       -      apart
 5yz to RCPT                            FAILED       recipient   yes       -      -
 554 denied / not verified, for the
 default sender                         FAILED       smarthost   yes       mail   -
@@ -32,6 +34,8 @@ MAIL … content: lost, garbage          DEFERRED     connection  no        -   
 MAIL … content: timeout                DEFERRED     connection  no        -      -
 after the final dot: the same          IN_DOUBT     connection  no        -      -
 no reply yet when the caller must know IN_DOUBT     connection  no        -      -
+the content was not to be sent after
+all (``commit``)                       DEFERRED     transaction no        -      -
 too big, an extension missing, bad path FAILED      transaction yes       -      -
 no connection in time, closing, open,
 no room at the sending rate            DEFERRED     transaction yes       -      -
@@ -40,9 +44,17 @@ no room at the sending rate            DEFERRED     transaction yes       -     
 \\* only while the connection is being opened; then the radius is the smarthost's.
 
 The last column is what may be tried at once, since nothing was taken: the mail again on another connection (anew),
-the same with fewer connections from here on (fewer), or in a while at a lower rate (slower). A time-out is not tried
-again: the server is slow already. Nor is, but for "maximum sending rate", anything that was said after the final dot:
-a server that closes down may say 421 before it comes to the dot that it already has.
+the same with fewer connections from here on (fewer), in a while at a lower rate (slower), or for the rest of its
+recipients in another transaction (apart). A time-out is not tried again: the server is slow already. Nor is, but for
+"maximum sending rate", anything that was said after the final dot: a server that closes down may say 421 before it
+comes to the dot that it already has.
+
+An extension that one recipient's address needs is missing for that one; the others are served.
+
+Too many recipients (RFC 5321 §4.5.3.1.10, RFC 3463 §3.6 X.5.3): 452, which RFC 821 called 552. A 452 whose enhanced
+code says something else (a full mailbox, a full disk) is another matter. To the first recipient of a transaction it
+is a refusal like others, since there is no smaller one: ``session`` keeps the remedy only where somebody was accepted
+before.
 
 "Smarthost" for a connection that could not be opened means: as far as this connection can tell. ``guard`` opens
 the circuit for it only when no other connection lives, since those prove the contrary.
@@ -85,6 +97,8 @@ class Remedy(enum.StrEnum):
     """The same, and fewer connections for a while."""
     SLOWER = "slower"
     """Again in a while, and fewer recipients a second from here on."""
+    APART = "apart"
+    """In another transaction, without those who were accepted in this one."""
 
 
 class LocalFailure(enum.Enum):
@@ -99,6 +113,7 @@ class LocalFailure(enum.Enum):
     NO_CONNECTION = "no connection in time"
     NO_ROOM = "no room in time at the sending rate"
     NO_REPLY_YET = "no reply to the final dot in time; the record will say what became of the mail"
+    NOT_COMMITTED = "deduplication unavailable"
     CLOSING = "shutting down"
     CIRCUIT_OPEN = "smarthost unavailable"
     TOO_BIG = "5.3.4 the mail is larger than the smarthost takes"
@@ -125,6 +140,7 @@ OPENING_PHASES = frozenset({Phase.CONNECT, Phase.BANNER, Phase.EHLO, Phase.START
 _CROWDED = re.compile(r"too many\b.*\bconnections\b", re.IGNORECASE)
 """Amazon SES: ``Too many concurrent SMTP connections``; others say it in nearly the same words. In the plural: too
 many messages on *this connection* is no complaint about their number."""
+_TOO_MANY_RECIPIENTS = re.compile(r"too many\b.*\brecipients?\b", re.IGNORECASE)
 _NOT_LOGGED_IN_CODES = frozenset({530, 534, 535, 538})
 _MESSAGE_FAILURES = frozenset(
     {
@@ -169,8 +185,9 @@ def classify_reply(phase: Phase, reply: Reply, *, default_sender: str = "") -> T
         return Trouble(State.DEFERRED, Radius.TRANSACTION, remedy=Remedy.SLOWER)
     if reply.code == 554 and _concerns_sender(text, default_sender.lower()):
         return Trouble(State.FAILED, Radius.SMARTHOST, probe=Probe.MAIL)
-    is_too_many = phase is Phase.RCPT and reply.enhanced_code == "5.5.3"
-    state = State.DEFERRED if reply.is_transient or is_too_many else State.FAILED
+    if phase is Phase.RCPT and _has_too_many_recipients(reply):
+        return Trouble(State.DEFERRED, Radius.RECIPIENT, remedy=Remedy.APART)
+    state = State.DEFERRED if reply.is_transient else State.FAILED
     return Trouble(state, Radius.RECIPIENT if phase is Phase.RCPT else Radius.TRANSACTION)
 
 
@@ -180,6 +197,8 @@ def classify_local(phase: Phase, failure: LocalFailure) -> Trouble:
         return Trouble(State.FAILED, Radius.TRANSACTION)
     if failure in _NO_ATTEMPT_FAILURES:
         return Trouble(State.DEFERRED, Radius.TRANSACTION)
+    if failure is LocalFailure.NOT_COMMITTED:
+        return Trouble(State.DEFERRED, Radius.TRANSACTION, is_reusable=False)
     if phase in OPENING_PHASES:
         return _OPENING_TROUBLE
     if phase is Phase.DOT:
@@ -201,6 +220,15 @@ def failed_here(trouble: Trouble, phase: Phase, failure: LocalFailure, detail: s
     """Make the outcome of a failure without a reply; ``detail`` is one line without secrets."""
     text = f"{failure.value}: {detail}" if detail else failure.value
     return Outcome(trouble.state, text, None, "", SaidBy.LOCAL, phase)
+
+
+def _has_too_many_recipients(reply: Reply) -> bool:
+    """Whether a refused RCPT is one more than the transaction may have."""
+    if reply.enhanced_code.endswith(".5.3"):
+        return True
+    if reply.code == 452 and not reply.enhanced_code:
+        return True
+    return reply.code in (452, 552) and _TOO_MANY_RECIPIENTS.search(reply.text) is not None
 
 
 def _concerns_sender(text: str, default_sender: str) -> bool:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable, Iterator
 from typing import Final
 
 END_OF_CONTENT: Final = b".\r\n"
+PIECE_BYTES: Final = 262144
+"""Of large content at a time: few system calls, and little memory beside the content itself."""
 
-# Printable ASCII that cannot end the path or the command: no space, quote or angle bracket.
-_PLAIN_PATH: Final = re.compile(r"[!#-;=?-~]*")
+# Printable ASCII that cannot end the path or the command: no space, quote or angle bracket. Bounded, so that MAIL, RCPT
+# and DATA with plain paths are always few enough bytes for one write.
+_PLAIN_PATHS: Final = re.compile(r"[!#-;=?-~]{0,8192}")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _QUOTED_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
 _LINE_END: Final = re.compile(rb"\r\n|\r|\n")
@@ -31,9 +35,15 @@ def rcpt_command(forward_path: str) -> bytes:
     return f"RCPT TO:<{forward_path}>\r\n".encode()
 
 
-def is_plain_path(path: str) -> bool:
-    """Whether the path is ASCII and safe at a glance; most are."""
-    return _PLAIN_PATH.fullmatch(path) is not None
+def plain_commands(reverse_path: str, forward_path: str, size_bytes: int | None) -> bytes:
+    """Return MAIL, one RCPT and DATA of the usual mail, which asks for no extension but SIZE."""
+    size = "" if size_bytes is None else f" SIZE={size_bytes}"
+    return f"MAIL FROM:<{reverse_path}>{size}\r\nRCPT TO:<{forward_path}>\r\nDATA\r\n".encode()
+
+
+are_plain_paths: Final[Callable[[str], object]] = _PLAIN_PATHS.fullmatch
+"""Whether the paths, one after the other in one string, are ASCII and safe at a glance, as most are: something true, or
+``None``."""
 
 
 def is_safe_path(path: str) -> bool:
@@ -52,10 +62,13 @@ def dot_stuffed(content: bytes) -> bytes:
     same, each becomes a CRLF before the dots are looked at: a receiver that takes it for a line end would see the mail
     end at a dot beside it, and commands in what follows (SMTP smuggling).
     """
-    if _has_stray_line_end(content):
+    # The decoder of text files notes which line ends it meets, in one pass: 2.5 µs for 4 KB, where counting them takes
+    # 5, as a regular expression does. It decodes nothing here: Latin-1 gives every octet the character of its number.
+    decoder = io.IncrementalNewlineDecoder(None, False)
+    decoder.decode(content.decode("latin-1"), True)
+    if decoder.newlines != "\r\n":
         content = _LINE_END.sub(b"\r\n", content)
-    # rfind, because it takes half the time of find.
-    if content.rfind(b"\r\n.") >= 0:
+    if b"\r\n." in content:
         content = content.replace(b"\r\n.", b"\r\n..")
     if content.startswith(b"."):
         content = b"." + content
@@ -64,12 +77,13 @@ def dot_stuffed(content: bytes) -> bytes:
     return content + END_OF_CONTENT
 
 
-def _has_stray_line_end(content: bytes) -> bool:
-    """Whether there is a CR or LF that is not part of a CRLF.
+def dot_stuffed_pieces(content: bytes, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield ``dot_stuffed(content)`` in pieces, each made when it is asked for; all of the final dot is in the last.
 
-    The decoder of text files notes which line ends it meets, in one pass: 2 µs for 4 KB, where a regular expression
-    takes 5. It decodes nothing here: Latin-1 gives every octet the character of its number.
+    A piece has whole lines, the fewest that are ``piece_bytes`` together.
     """
-    decoder = io.IncrementalNewlineDecoder(None, translate=False)
-    decoder.decode(content.decode("latin-1"), final=True)
-    return decoder.newlines not in (None, "\r\n")
+    start = 0
+    while 0 < (end := content.find(b"\n", start + piece_bytes - 1) + 1) < len(content):
+        yield dot_stuffed(content[start:end]).removesuffix(END_OF_CONTENT)
+        start = end
+    yield dot_stuffed(content[start:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -63,6 +64,54 @@ def test_a_write_that_nobody_reads_ends_in_time(pair: tuple[Channel, Any]) -> No
     channel, _ = pair
     with pytest.raises(ChannelTimeout):
         channel.write(b"x" * 50_000_000, soon(0.1))
+
+
+def test_what_comes_while_writing_is_there_afterwards(pair: tuple[Channel, Any]) -> None:
+    channel, theirs = pair
+    theirs.sendall(b"1")
+    assert channel.read(soon()) == b"1"
+
+    def talk_and_read() -> int:
+        theirs.sendall(b"2")
+        gevent.sleep(0)
+        theirs.sendall(b"2")
+        received = 0
+        while received < 20_000_000:
+            received += len(theirs.recv(65536))
+        return received
+
+    reading = gevent.spawn(talk_and_read)
+    channel.write(b"x" * 20_000_000, soon())
+    assert reading.get(timeout=5.0) == 20_000_000
+    assert channel.read(soon()) == b"22"
+    theirs.sendall(b"3")
+    assert channel.read(soon()) == b"3"
+
+
+def test_what_comes_while_writing_does_not_keep_the_writer_busy(pair: tuple[Channel, Any]) -> None:
+    channel, theirs = pair
+    theirs.sendall(b"1")
+    assert channel.read(soon()) == b"1"
+    theirs.sendall(b"2")
+    switches: list[str] = []
+    greenlet: Any = importlib.import_module("greenlet")
+    greenlet.settrace(lambda event, _: switches.append(event))
+    try:
+        with pytest.raises(ChannelTimeout):
+            channel.write(b"x" * 50_000_000, soon(0.2))
+    finally:
+        greenlet.settrace(None)
+    assert len(switches) < 20
+
+
+def test_a_closed_channel_takes_nothing(pair: tuple[Channel, Any]) -> None:
+    channel, theirs = pair
+    channel.close()
+    with pytest.raises(OSError, match="closed here"):
+        channel.write(b"x", soon())
+    assert channel.read_available() == b""
+    # Nor does anything keep the descriptor: the peer sees the end.
+    assert theirs.recv(1) == b""
 
 
 def test_the_end_of_the_stream_is_empty(pair: tuple[Channel, Any]) -> None:

@@ -276,13 +276,13 @@ def test_a_promised_connection_is_neither_closed_nor_lost_when_its_waiter_goes(w
         else:
             # It takes effect only when the waiter runs, and by then a connection is promised to it.
             first.kill(block=False)
-        pool.release(session, is_reusable=True)
+        pool.release(session, time.monotonic())
         assert repr(pool) == "idle 0, reserved 1, busy 0, dialling 0, waiting 1 of 1"
         if way == "deadline":
-            pool.release(first.get(timeout=1.0), is_reusable=True)
+            pool.release(first.get(timeout=1.0), time.monotonic())
         assert second.get(timeout=1.0) is session
         assert repr(pool) == "idle 0, reserved 0, busy 1, dialling 0, waiting 0 of 1"
-        pool.release(session, is_reusable=True)
+        pool.release(session, time.monotonic())
         assert repr(pool) == "idle 1, reserved 0, busy 0, dialling 0, waiting 0 of 1"
     assert len(server.connections) == 1
 
@@ -297,7 +297,7 @@ def test_no_connection_is_held_by_two() -> None:
         held.append(session)
         gevent.sleep(0.001)
         held.remove(session)
-        pool.release(session, is_reusable=True)
+        pool.release(session, time.monotonic())
 
     # So short that connections are retired while others are promised.
     with ScriptedSmtp() as server, pool_of(server, pool_size=3, idle_seconds=0.01) as pool:

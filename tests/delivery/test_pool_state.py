@@ -232,6 +232,7 @@ def test_a_random_walk_keeps_the_bound_and_resolves_every_waiter(seed: int) -> N
 
     for _ in range(400):
         step()
+        assert state.living == len(state.idle) + len(state.reserved) + len(state.busy), repr(state)
         assert 0 <= state.open <= size, repr(state)
         assert 1 <= state.limit <= size, repr(state)
         assert state.busy == busy

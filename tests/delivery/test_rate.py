@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+import random
+from collections import Counter, deque
 from collections.abc import Callable
 
 import pytest
 
-from relay.delivery.rate import ADJUST_SECONDS, FORGET_SECONDS, KEEP, LEAST_KEEP, UNKNOWN_PER_SECOND, Rate
+from relay.delivery.rate import (
+    ADJUST_SECONDS,
+    BIN_SECONDS,
+    BINS,
+    FORGET_SECONDS,
+    KEEP,
+    LEAST_KEEP,
+    UNKNOWN_PER_SECOND,
+    Rate,
+)
 
 STEP_SECONDS = 0.002
 
@@ -62,6 +72,29 @@ def test_a_refusal_lowers_to_what_was_taken_once_a_second() -> None:
     assert not rate.throttled(2.0 + ADJUST_SECONDS / 2)
     assert (rate.current, rate.throttled_count) == (lowered, 2)
     assert rate.is_lowered
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_was_taken_is_counted_over_two_seconds(seed: int) -> None:
+    """Against the definition: the bins of the last two seconds, or those since the busy spell began."""
+    walk = random.Random(seed)
+    now, taken = 0.0, Counter[int]()
+    rate = Rate()
+    first = 0
+    for _ in range(300):
+        now += walk.choice([0.001, 0.01, 0.05, 0.3, 1.0]) * walk.random()
+        recipients = walk.randint(1, 5)
+        number = int(now / BIN_SECONDS)
+        if number - max(taken, default=-BINS) >= BINS:
+            first = number
+        taken[number] += recipients
+        rate.accepted(recipients, now)
+    now += walk.random()
+    number = int(now / BIN_SECONDS)
+    lately = sum(count for bin_, count in taken.items() if number - BINS < bin_ <= number)
+    rate.throttled(now)
+    assert rate.current == pytest.approx(lately / (min(BINS, max(number - first + 1, BINS // 2)) * BIN_SECONDS))
+    assert (rate.is_limited, rate.is_lowered) == (True, True)
 
 
 def test_a_quiet_second_does_not_ruin_the_rate() -> None:

@@ -14,6 +14,8 @@ from relay.delivery.reply import (
     Reply,
     ReplyBuffer,
     parse_extensions,
+    plain_250,
+    remote_id_in,
 )
 from relay.errors import ProtocolViolation
 
@@ -94,6 +96,72 @@ def test_any_bytes_are_replies_or_a_violation_however_they_are_cut(data: bytes, 
 
     pieces = [data[i : i + step] for i in range(0, len(data), step)]
     assert result(pieces) == result([data])
+
+
+@pytest.mark.parametrize(
+    ("data", "enhanced_code_and_text"),
+    [
+        (b"250 2.0.0 Ok\r\n", ("2.0.0", "Ok")),
+        (b"250 Ok 0100018f-3c6e\r\n", ("", "Ok 0100018f-3c6e")),
+        (b"250 2.0.0 Ok: queued as 4XyZ12345\r\n", ("2.0.0", "Ok: queued as 4XyZ12345")),
+    ],
+)
+def test_the_usual_250_is_known_at_a_glance(data: bytes, enhanced_code_and_text: tuple[str, str]) -> None:
+    assert plain_250(data) == enhanced_code_and_text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"250 2.0.0 Ok",
+        b"250 2.0.0 Ok\n",
+        b"250-2.0.0 Ok\r\n",
+        b"250 2.0.0 Ok\r\n2",
+        b"250 2.0.0 Ok\r\n250 2.0.0 Ok\r\n",
+        b"250-one\r\n250 two\r\n",
+        b"251 2.0.0 Ok\r\n",
+        b"550 5.0.0 Ok\r\n",
+        b"250 2.0.0 caf\xc3\xa9\r\n",
+        b"250 2.0.0 a\rb\r\n",
+        b"250 2.0.0 a\x00b\r\n",
+        b"250 Ok " + b"x" * MAX_TEXT_CHARACTERS + b"\r\n",
+    ],
+)
+def test_any_other_reply_is_looked_at_closely(data: bytes) -> None:
+    assert plain_250(data) is None
+
+
+REPLY_PIECES = [
+    "2",
+    "250",
+    " ",
+    "-",
+    ".",
+    "2.0.0",
+    "4.1.1",
+    "2.0.1234",
+    "Ok",
+    "id=1",
+    "\r\n",
+    "\r",
+    "\t",
+    "\xe9",
+    "\x00",
+]
+
+
+@given(
+    st.lists(st.sampled_from(REPLY_PIECES), max_size=8).map(lambda pieces: f"250 {''.join(pieces)}\r\n")
+    | st.from_regex(r"250 (2\.[0-9]{1,4}\.[0-9]{1,4})? ?[ -~]{0,9}\r\n", fullmatch=True)
+)
+def test_the_glance_sees_what_the_close_look_does(line: str) -> None:
+    data = line.encode("latin-1")
+    seen = plain_250(data)
+    if seen is not None:
+        [reply] = take_all(data)
+        assert (reply.code, reply.enhanced_code, reply.text) == (250, *seen)
+        assert reply.remote_id == remote_id_in(seen[1])
 
 
 def test_left_over_bytes_show() -> None:

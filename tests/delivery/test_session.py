@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import gevent
 import pytest
+from gevent import socket
 
+from relay.delivery.channel import Channel
+from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import Dialler
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
-from relay.delivery.session import Session
+from relay.delivery.reply import Extensions
+from relay.delivery.session import LARGE_CONTENT_BYTES, Session
+from relay.errors import ProtocolViolation
 from tests.delivery.conftest import config_for, soon
 from tests.support.scripted_smtp import (
     Action,
     ScriptedSmtp,
     drop,
     garbage,
+    half,
     say,
     say_and_drop,
     say_bytewise,
@@ -187,11 +194,11 @@ def test_a_caller_whose_time_is_over_is_told_so_and_the_reply_is_still_taken(ext
     with session_with({"dot": wait(0.3)}, extensions) as (server, session):
         [outcome] = transact(session, seconds=0.1)
         assert (outcome.state, outcome.phase, outcome.reply_code) == (State.IN_DOUBT, Phase.DOT, None)
+        is_free = session.is_reusable
         assert session.is_awaiting_dot
-        assert not session.is_reusable
         [settled] = session.await_dot()
         assert (settled.state, settled.reply_code) == (State.RELAYED, 250)
-        assert session.is_reusable
+        assert (is_free, session.is_reusable, session.is_awaiting_dot) == (False, True, False)
         assert session.ending is None
         assert transact(session)[0].state is State.RELAYED
     assert len(server.mails) == 2
@@ -233,6 +240,90 @@ def test_a_reply_too_many_makes_the_connection_unusable() -> None:
         [outcome] = transact(session)
         assert outcome.state is State.RELAYED
         assert not session.is_reusable
+
+
+QUOTED = '"alice"@example.com'
+"""An address that is looked at closely; it is pipelined all the same."""
+
+
+@pytest.mark.parametrize("phase", ["mail", "rcpt", "data", "dot"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        say("250 Ok"),
+        say("250-2.0.0 one\n250 2.0.0 two"),
+        say("250 2.0.0 Ok\n250 2.0.0 surprise"),
+        say("251 2.1.5 will forward"),
+        say("354 go on"),
+        say("421 4.3.2 closing"),
+        say("451 4.4.2 Timeout"),
+        say("451 4.3.0 later"),
+        say("503 5.5.1 order"),
+        say("550 5.7.1 no"),
+        say_bytewise("250 2.0.0 Ok"),
+        half(),
+        garbage(),
+        drop(),
+        stall(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("is_reused", [False, True], ids=["new", "reused"])
+def test_a_plain_mail_ends_as_any_other(phase: str, action: Action, is_reused: bool) -> None:
+    ends = []
+    for path in (ALICE, QUOTED):
+        before = [say("354 go on" if phase == "data" else "250 2.0.0 Ok")] if is_reused else []
+        limit: dict[str, Any] = {f"{phase}_seconds": 0.1}
+        with session_with({phase: [*before, action]}, **limit) as (server, session):
+            if is_reused:
+                assert transact(session, path)[0].state is State.RELAYED
+            outcomes = transact(session, path)
+            ending = session.ending
+            is_reusable = session.is_reusable
+            ends.append((outcomes, ending, is_reusable, is_reusable and transact(session, path), len(server.mails)))
+    assert ends[0] == ends[1]
+
+
+@PIPELINING
+def test_a_go_ahead_after_everyone_was_refused_gets_no_content(extensions: tuple[str, ...]) -> None:
+    with session_with({"rcpt": [say("550 5.1.1 unknown")], "data": [say("354 go on")]}, extensions) as (
+        server,
+        session,
+    ):
+        [outcome] = transact(session)
+    assert (outcome.state, outcome.reply_code) == (State.FAILED, 550)
+    assert not any(mail.forward_paths or mail.content.strip() for mail in server.mails)
+
+
+def test_a_second_answer_to_noop_is_not_taken_for_one_to_mail() -> None:
+    with session_with({"noop": say("250 Ok\n250 surprise")}) as (server, session):
+        with pytest.raises(ProtocolViolation):
+            session.noop()
+        [outcome] = transact(session)
+        assert not session.is_reusable
+    assert outcome.state is State.DEFERRED
+    assert server.mails == []
+
+
+def test_a_reply_that_was_begun_in_time_goes_on_after_it() -> None:
+    ours, theirs = socket.socketpair()
+    config = SmarthostConfig(hosts=(Host("127.0.0.1", 25),))
+    session = Session(Channel(ours, "127.0.0.1"), Extensions(pipelining=True), config, SENDER)
+    theirs.sendall(b"250 Ok\r\n250 Ok\r\n354 go on\r\n")
+    transacting = gevent.spawn(transact, session, seconds=0.1)
+    said = b""
+    while not said.endswith(b"\r\n.\r\n"):
+        said += theirs.recv(65536)
+    theirs.sendall(b"250-2.0.0 one\r\n")
+    assert transacting.get()[0].state is State.IN_DOUBT
+    assert session.is_awaiting_dot
+    # By itself it would be a whole reply.
+    theirs.sendall(b"250 2.0.0 two\r\n")
+    [settled] = session.await_dot()
+    assert session.is_reusable
+    assert (settled.state, settled.detail) == (State.RELAYED, "one two")
+    session.close()
+    theirs.close()
 
 
 @PIPELINING
@@ -330,6 +421,54 @@ def test_a_group_that_is_too_long_is_not_pipelined() -> None:
         outcomes = session.transact(SENDER, paths, CONTENT, soon(10))
     assert {outcome.state for outcome in outcomes} == {State.RELAYED}
     assert server.mails[0].forward_paths == paths
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_only_a_large_mail_may_have_been_refused_before_its_dot(is_large: bool) -> None:
+    large = CONTENT + b"x\r\n" * LARGE_CONTENT_BYTES
+    with session_with({"dot": [say("250 2.0.0 Ok"), say("554 5.7.1 no")]}) as (_, session):
+        [before] = session.transact(SENDER, (ALICE,), large, soon())
+        [outcome] = session.transact(SENDER, (ALICE,), large if is_large else CONTENT, soon())
+        assert (before.state, outcome.state) == (State.RELAYED, State.FAILED)
+        assert session.is_reusable is not is_large
+
+
+@PIPELINING
+@pytest.mark.parametrize("is_8bit", [False, True])
+def test_a_large_mail_takes_no_more_memory_than_its_content(is_8bit: bool, extensions: tuple[str, ...]) -> None:
+    ours, theirs = socket.socketpair()
+    config = SmarthostConfig(hosts=(Host("127.0.0.1", 25),))
+    offered = Extensions(pipelining=bool(extensions), eightbitmime=True)
+    session = Session(Channel(ours, "127.0.0.1"), offered, config, SENDER)
+    line = "ä" * 38 if is_8bit else "x" * 76
+    content = CONTENT + (line.encode() + b"\r\n") * 320_000 + b".\r\n"
+
+    def receive() -> int:
+        """Say yes to everything; return how many bytes the content had on the wire."""
+        received, buffer, ended = 0, bytearray(65536), b""
+        for reply in [b"250 Ok\r\n250 Ok\r\n354 go on\r\n"] if extensions else [b"250 Ok\r\n"] * 2 + [b"354 go on\r\n"]:
+            theirs.recv(1000)
+            theirs.sendall(reply)
+        while ended[-5:] != b"\r\n.\r\n":
+            count = theirs.recv_into(buffer)
+            received += count
+            ended = ended[-5:] + buffer[:count][-5:]
+        theirs.sendall(b"250 Ok\r\n")
+        return received
+
+    receiving = gevent.spawn(receive)
+    tracemalloc.start()
+    try:
+        [outcome] = session.transact(SENDER, (ALICE,), content, soon(10.0))
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert outcome.state is State.RELAYED
+    # The one dot doubled, and the final one.
+    assert receiving.get() == len(content) + 1 + 3
+    assert peak_bytes < len(content) / 10
+    session.close()
+    theirs.close()
 
 
 @pytest.mark.parametrize(

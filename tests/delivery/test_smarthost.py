@@ -415,6 +415,49 @@ def test_a_smarthost_that_wants_fewer_connections_gets_fewer() -> None:
     assert len(server.mails) == 13
 
 
+def test_what_only_the_deadline_kept_from_being_sent_is_late() -> None:
+    with ScriptedSmtp({"dot": stall()}) as server, smarthost_for(server, pool_size=1) as smarthost:
+        holder = gevent.spawn(relay, smarthost)
+        eventually(lambda: len(server.mails) == 1)
+        [queued] = relay(smarthost, seconds=0.1)
+        assert (queued.state, queued.detail, queued.is_late) == (State.DEFERRED, "no connection in time", True)
+        holder.kill()
+    with ScriptedSmtp({"banner": stall()}) as server, smarthost_for(server) as smarthost:
+        [dialled] = relay(smarthost, seconds=0.1)
+        assert (dialled.state, dialled.is_late) == (State.DEFERRED, True)
+    with ScriptedSmtp() as server, smarthost_for(server, max_recipients_per_second=1.0) as smarthost:
+        assert relay(smarthost)[0].state is State.RELAYED
+        [paced] = relay(smarthost, seconds=0.1)
+        assert (paced.state, paced.is_late) == (State.DEFERRED, True)
+        assert paced.detail.startswith("no room in time at the sending rate")
+    for phase in ("mail", "rcpt", "data"):
+        with ScriptedSmtp({phase: stall()}) as server, smarthost_for(server) as smarthost:
+            [begun] = relay(smarthost, seconds=0.1)
+            assert (begun.state, begun.detail, begun.is_late) == (State.DEFERRED, "timed out", True)
+    with ScriptedSmtp({"dot": say(THROTTLED)}) as server, smarthost_for(server) as smarthost:
+        [throttled] = relay(smarthost, seconds=0.5)
+        assert (throttled.state, throttled.reply_code, throttled.is_late) == (State.DEFERRED, 454, True)
+
+
+def test_what_more_time_would_not_have_sent_is_not_late() -> None:
+    with ScriptedSmtp({"mail": stall()}) as server, smarthost_for(server, mail_seconds=0.1) as smarthost:
+        [slow] = relay(smarthost)
+        assert (slow.state, slow.detail, slow.is_late) == (State.DEFERRED, "timed out", False)
+    with ScriptedSmtp({"dot": stall()}) as server, smarthost_for(server) as smarthost:
+        [doubtful] = relay(smarthost, seconds=0.1)
+        assert (doubtful.state, doubtful.is_late) == (State.IN_DOUBT, False)
+    with ScriptedSmtp({"dot": say("451 4.3.0 later")}) as server, smarthost_for(server) as smarthost:
+        [refused] = relay(smarthost)
+        assert (refused.state, refused.is_late) == (State.DEFERRED, False)
+        smarthost.close(soon(0.0))
+        [closing] = relay(smarthost)
+        assert (closing.state, closing.is_late) == (State.DEFERRED, False)
+    with ScriptedSmtp({"banner": say_and_drop("554 5.3.2 closed")}) as server, smarthost_for(server) as smarthost:
+        for _ in range(2):
+            [unavailable] = relay(smarthost)
+            assert (unavailable.state, unavailable.is_late) == (State.DEFERRED, False)
+
+
 def test_closing_resolves_everyone() -> None:
     with ScriptedSmtp({"dot": stall()}) as server, smarthost_for(server, pool_size=1) as smarthost:
         holder = gevent.spawn(relay, smarthost)

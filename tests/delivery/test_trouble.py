@@ -23,6 +23,7 @@ from relay.delivery.trouble import (
 SENDER = "noreply@example.org"
 F, D = State.FAILED, State.DEFERRED
 ANEW = Trouble(D, Radius.CONNECTION, False, remedy=Remedy.ANEW)
+APART = Trouble(D, Radius.RECIPIENT, remedy=Remedy.APART)
 
 
 def reply(text: str) -> Reply:
@@ -82,9 +83,23 @@ def reply(text: str) -> Reply:
         ("mail", "450 4.7.1 later", Trouble(D, Radius.TRANSACTION)),
         ("rcpt", "550 5.1.1 unknown", Trouble(F, Radius.RECIPIENT)),
         ("rcpt", "450 4.2.1 busy", Trouble(D, Radius.RECIPIENT)),
-        ("rcpt", "452 4.5.3 too many", Trouble(D, Radius.RECIPIENT)),
-        ("rcpt", "552 5.5.3 too many", Trouble(D, Radius.RECIPIENT)),
+        ("rcpt", "452 4.5.3 too many", APART),
+        ("rcpt", "552 5.5.3 too many", APART),
+        ("rcpt", "550 5.5.3 too many", APART),
+        ("rcpt", "452 5.5.3 too many", APART),
+        ("rcpt", "452 Too many recipients", APART),
+        ("rcpt", "452 4.3.2 Too many recipients from you", APART),
+        ("rcpt", "552 Too many recipients", APART),
+        ("rcpt", "452", APART),
+        ("rcpt", "452 4.2.2 full", Trouble(D, Radius.RECIPIENT)),
+        ("rcpt", "452 4.3.1 no room", Trouble(D, Radius.RECIPIENT)),
+        ("rcpt", "450 4.7.1 too many recipients today", Trouble(D, Radius.RECIPIENT)),
         ("rcpt", "552 5.2.2 full", Trouble(F, Radius.RECIPIENT)),
+        ("rcpt", "552 full", Trouble(F, Radius.RECIPIENT)),
+        # Only a RCPT can be one too many.
+        ("mail", "452 4.5.3 too many", Trouble(D, Radius.TRANSACTION)),
+        ("dot", "452 4.5.3 too many", Trouble(D, Radius.TRANSACTION)),
+        ("dot", "552 too many recipients", Trouble(F, Radius.TRANSACTION)),
         ("data", "503 5.5.1 order", ANEW),
         ("data", "554 5.5.1 no", Trouble(F, Radius.TRANSACTION)),
         ("rset", "500 what", ANEW),
@@ -151,6 +166,11 @@ def test_an_impossible_mail_fails_and_spoils_nothing(failure: LocalFailure) -> N
 )
 def test_a_mail_that_was_not_begun_is_deferred(failure: LocalFailure) -> None:
     assert classify_local(Phase.POOL, failure) == Trouble(State.DEFERRED, Radius.TRANSACTION)
+
+
+def test_content_that_was_not_to_be_sent_costs_the_connection_and_is_not_tried_again() -> None:
+    trouble = classify_local(Phase.CONTENT, LocalFailure.NOT_COMMITTED)
+    assert trouble == Trouble(D, Radius.TRANSACTION, is_reusable=False)
 
 
 def test_our_own_words_never_carry_a_reply_code() -> None:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.delivery.wire import dot_stuffed, is_plain_path, is_safe_path, mail_command, rcpt_command
+from relay.delivery.session import MAX_GROUP_BYTES
+from relay.delivery.wire import (
+    END_OF_CONTENT,
+    PIECE_BYTES,
+    are_plain_paths,
+    dot_stuffed,
+    dot_stuffed_pieces,
+    is_safe_path,
+    mail_command,
+    plain_commands,
+    rcpt_command,
+)
 
 
 def test_commands() -> None:
@@ -17,9 +29,32 @@ def test_commands() -> None:
     assert rcpt_command("jürgen@example.com") == "RCPT TO:<jürgen@example.com>\r\n".encode()
 
 
+@given(
+    st.from_regex(r"[!#-;=?-~]{0,64}", fullmatch=True),
+    st.from_regex(r"[!#-;=?-~]{0,64}", fullmatch=True),
+    st.none() | st.integers(min_value=0),
+)
+def test_the_commands_of_a_plain_mail_are_the_same_in_one_write(
+    reverse_path: str, forward_path: str, size_bytes: int | None
+) -> None:
+    mail = mail_command(reverse_path, size_bytes, is_smtputf8=False)
+    assert plain_commands(reverse_path, forward_path, size_bytes) == mail + rcpt_command(forward_path) + b"DATA\r\n"
+
+
+@given(st.lists(st.text(alphabet=st.sampled_from('ab<>"\\ \r\n@.é'), max_size=6), max_size=4))
+def test_paths_are_plain_together_when_each_is(paths: list[str]) -> None:
+    assert bool(are_plain_paths("".join(paths))) == all(map(are_plain_paths, paths))
+
+
+def test_plain_paths_make_a_group_that_may_be_pipelined() -> None:
+    paths = "x" * 100_000
+    plain = next(length for length in range(len(paths)) if not are_plain_paths(paths[: length + 1]))
+    assert len(plain_commands(paths[:plain], "", 10**18)) <= MAX_GROUP_BYTES
+
+
 @given(st.text(alphabet=st.sampled_from('ab<>"\\ \r\n\x00@.é\u2028')))
 def test_a_safe_path_never_ends_its_brackets(path: str) -> None:
-    if is_plain_path(path):
+    if are_plain_paths(path):
         assert path.isascii()
         assert is_safe_path(path)
     if is_safe_path(path):
@@ -77,6 +112,38 @@ def test_content_is_its_lines(content: bytes) -> None:
         lines.pop()
     stuffed = [b"." + line if line.startswith(b".") else line for line in lines]
     assert dot_stuffed(content) == b"".join(line + b"\r\n" for line in [*stuffed, b"."])
+
+
+@given(PIECES.map(b"".join), st.integers(min_value=1, max_value=6))
+def test_pieces_are_the_whole_with_its_dot_in_the_last(content: bytes, piece_bytes: int) -> None:
+    pieces = list(dot_stuffed_pieces(content, piece_bytes))
+    assert b"".join(pieces) == dot_stuffed(content)
+    # Should only those before the last arrive, no receiver of any kind has seen an end.
+    assert all(piece.endswith(b"\r\n") for piece in pieces)
+    assert not re.search(rb"(\A|[\r\n])\.[\r\n]", b"".join(pieces[:-1]))
+    assert pieces[-1].endswith(END_OF_CONTENT)
+
+
+@pytest.mark.parametrize("line", [b"x" * 76, b"." * 76, b"", b".", b"x" * 998])
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n", b"\r"])
+def test_large_content_in_pieces(line: bytes, line_end: bytes) -> None:
+    content = (line + line_end) * (3 * PIECE_BYTES // len(line + line_end)) + b"."
+    pieces = list(dot_stuffed_pieces(content))
+    assert b"".join(pieces) == dot_stuffed(content)
+    # Lone CRs end no piece: such content is made ready as a whole.
+    assert (len(pieces) > 1) == (line_end != b"\r")
+
+
+def test_large_content_takes_no_more_memory_than_a_few_pieces() -> None:
+    content = (b"x" * 76 + b"\r\n") * 100_000 + (b"." * 76 + b"\r\n") * 100_000
+    tracemalloc.start()
+    try:
+        for _ in dot_stuffed_pieces(content):
+            pass
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 5 * PIECE_BYTES < len(content) / 10
 
 
 @pytest.mark.parametrize("stray", [b"\r", b"\n"])
