@@ -24,7 +24,6 @@ CONNECT_TIMEOUT_SECONDS = 5
 
 PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
 
-
 READ_BYTES = 256 * 1024
 """At a time. nats-py's 32 KiB hold eight mails: each piece costs a turn of the loop, and mostly cuts a mail in two."""
 
@@ -38,7 +37,6 @@ _MSG = re.compile(rb"MSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+)\r\n")
 
 _HMSG = re.compile(rb"HMSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+) (\d+)\r\n")
 """``HMSG subject sid [reply] header-size size``; the size is that of header fields and payload together."""
-
 
 _NO_TEXT = "dropped a message on %.100r that cannot be decoded: %s"
 
@@ -156,21 +154,21 @@ class TamedClient(Client):
     def pass_on(
         self,
         handler: Callable[[Msg], None],
-        subject: bytes,
+        nats_subject: bytes,
         reply: bytes | None,
         payload: bytes,
         headers: Mapping[str, str],
     ) -> None:
         """Gives a handler its message; whatever comes of that, the connection goes on."""
         try:
-            msg = Msg(subject.decode(), reply.decode() if reply else "", payload, headers)
+            msg = Msg(nats_subject.decode(), reply.decode() if reply else "", payload, headers)
         except UnicodeDecodeError as error:
-            log.warning(_NO_TEXT, subject, error)
+            log.warning(_NO_TEXT, nats_subject, error)
             return
         try:
             handler(msg)
         except Exception:
-            log.exception("a message on %.100r could not be handed over", subject)
+            log.exception("a message on %.100r could not be handed over", nats_subject)
 
     def put(self, publication: Publication, reply_subject: str) -> None:
         """Keeps a publication for the next ``send``; never switches greenlets.
@@ -200,7 +198,8 @@ class TamedClient(Client):
         """Writes what was put, after what nats-py itself has to write. Never waits: the transport keeps what is left.
 
         How many publications are dropped, since the connection was lost meanwhile: none is for a later connection.
-        A write that fails ends the connection, and nats-py's reader finds that out.
+        A write that fails ends the connection, and nats-py's reader finds that out; one that the server does not take
+        is found out by the pings that it does not answer.
         """
         unsent, self._unsent = self._unsent, []
         if not self.is_connected or self._transport is None:
@@ -212,6 +211,13 @@ class TamedClient(Client):
         if unsent:
             self._transport.writelines(unsent)
         return 0
+
+    async def _attempt_reconnect(self) -> None:
+        """Reconnects at once. nats-py would first close politely, and wait until all is written to who may be gone."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+        await super()._attempt_reconnect()
 
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:

@@ -51,7 +51,7 @@ def start_logging(settings: Settings, program: str) -> None:
 def frequent_line(log: logging.Logger, message: str, names: tuple[str, ...]) -> Callable[..., None]:
     """``log.info(message, extra={name: value, …})`` as a function of the values: for a line that every mail writes.
 
-    It writes the same line into the same batch at a fifth of the cost, since what is the same for all of them (whether
+    It writes the same line into the same batch at a third of the cost, since what is the same for all of them (whether
     they are shown, by which handler, in which form) is looked up once, here: call it after ``start_logging``. Without
     that, or where lines show their source, it is no more than a short form. ``names`` in the order of ``EXTRA_FIELDS``.
     """

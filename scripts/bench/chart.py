@@ -66,7 +66,10 @@ def _rates(measured: dict[str, Any], axes: Axes | None) -> bool:
     """Mails a second by the number of workers, tracked and not, beside smtp-source and the SMTP layer alone."""
     tracked, untracked = _rows(measured, "base", "workers"), _rows(measured, "untracked")
     if axes is not None:
-        for shift, rows, color, label in ((-0.2, tracked, BLUE, "tracked"), (0.2, untracked, GREY, "untracked")):
+        for shift, rows, color, label in (
+            (-0.2, tracked, BLUE, "tracked"),
+            (0.2, untracked, GREY, "without JetStream"),
+        ):
             rows = sorted(rows, key=lambda row: row["setup"]["workers"])
             places = [("1", "2", "4").index(str(row["setup"]["workers"])) + shift for row in rows]
             bars = axes.bar(places, [row["median"]["rate"] for row in rows], 0.38, color=color, label=label)

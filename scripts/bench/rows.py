@@ -40,7 +40,7 @@ class Row(NamedTuple):
         if self.size != 4 * KB:
             words.append(f"{self.size // KB} KB")
         if not self.setup.is_tracked:
-            words.append("untracked")
+            words.append("no JetStream")
         if self.part == "connections":
             words.append(f"pool {self.setup.pool_size}")
         if self.is_long:

@@ -169,7 +169,7 @@ class Bench:
         others = Others(*(pid for each in self._stacks.values() for pid in each.pids), self.sink.process.pid)
         before = {name: cpu_seconds(pid) for name, pid in processes.items()}
         before["workers"] = sum(map(cpu_seconds, workers))
-        taken_before, tracked_before = self.sink.mails(), self._tracked(row, stack)
+        taken_before, stored_before = self.sink.mails(), self._stored(row, stack)
         figures, tenths = self._load(stack, row, seconds, rate)
         mails = figures["answered"]
         used = {name: cpu_seconds(pid) for name, pid in processes.items()} | {"workers": tenths[-1].cpu_seconds}
@@ -187,15 +187,14 @@ class Bench:
         figures["to SMTP layer"] = figures["rate"] / reference.smtp_layer
         self.runs[row].append(figures)
         relayed = figures["relayed"]
-        if figures["errors"] or relayed != figures["requests"]:
-            self.faults.append(f"{row.name}: of {figures['requests']} requests not all were sent: {figures['errors']}")
-        if (at_sink := self.sink.wait_for(taken_before + relayed) - taken_before) != relayed:
-            self.faults.append(f"{row.name}: {relayed} mails were relayed, said the replies; the sink took {at_sink}")
-        if row.setup.is_tracked and (tracked := self._tracked(row, stack) - tracked_before) != relayed:
-            self.faults.append(f"{row.name}: {relayed} mails were relayed, said the replies; {tracked} were tracked")
+        at_sink = self.sink.wait_for(taken_before + relayed) - taken_before
+        stored = self._stored(row, stack)
+        self.faults += faults_of(
+            row.name, figures, at_sink, {name: count - stored_before[name] for name, count in stored.items()}
+        )
 
-    def _tracked(self, row: Row, stack: Stack) -> int:
-        return asyncio.run(_count_facts(stack.url)) if row.setup.is_tracked else 0
+    def _stored(self, row: Row, stack: Stack) -> dict[str, int]:
+        return asyncio.run(_count_stored(stack.url)) if row.setup.is_tracked else {}
 
     def _load(self, stack: Stack, row: Row, seconds: float, rate: float = 0.0) -> tuple[dict[str, Any], list[Tenth]]:
         """Runs a load generator, and looks at the workers at each tenth of its time."""
@@ -221,6 +220,20 @@ class Bench:
                     )
                 )
         raise SystemExit(f"{row.name}: the load generator ended with {process.returncode}")
+
+
+def faults_of(name: str, figures: dict[str, Any], at_sink: int, stored: dict[str, int]) -> list[str]:
+    """Why a run does not count: every request must have been relayed, be at the sink, and be tracked in full."""
+    relayed = figures["relayed"]
+    faults = []
+    if figures["errors"] or relayed != figures["requests"]:
+        faults.append(f"{name}: of {figures['requests']} requests not all were sent: {figures['errors']}")
+    if at_sink != relayed:
+        faults.append(f"{name}: {relayed} mails were relayed, said the replies; the sink took {at_sink}")
+    for what, count in stored.items():
+        if count != relayed:
+            faults.append(f"{name}: {relayed} mails were relayed, said the replies; there are {count} {what} of them")
+    return faults
 
 
 class Tenth(NamedTuple):
@@ -249,11 +262,13 @@ def _kill_at(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-async def _count_facts(url: str) -> int:
-    """How many facts the log holds: one ``sent`` for each tracked mail."""
+async def _count_stored(url: str) -> dict[str, int]:
+    """How many facts and records there are: one of each for each tracked mail."""
     nc = await nats.connect(url)
     try:
-        return (await nc.jetstream().stream_info(contract.LOG_STREAM)).state.messages
+        js = nc.jetstream()
+        streams = {"facts": contract.LOG_STREAM, "records": f"KV_{contract.RECIPIENTS_BUCKET}"}
+        return {what: (await js.stream_info(name)).state.messages for what, name in streams.items()}
     finally:
         await nc.close()
 
@@ -421,6 +436,8 @@ def main() -> int:
     report.show(measured, Console(width=150))
     if options.chart and bench.faults:
         _tell("no chart, since not every row counts")
+    elif options.chart and any(row["median"]["others_cores"] > report.QUIET_CORES for row in measured["rows"]):
+        _tell("no chart, since others used the machine")
     elif options.chart:
         # Only here: matplotlib is large, and only a chart needs it.
         import chart

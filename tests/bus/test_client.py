@@ -158,6 +158,27 @@ def test_subscriptions_survive_a_server_restart(new_nats_server: NewServer, new_
     assert bus.request(Publication("client.while_away", b"2"), 2).payload == b"2"
 
 
+def test_a_server_that_hangs_with_bytes_unsent_is_left_for_another(
+    new_nats_server: NewServer, new_bus: NewBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.bus.connection.PING_INTERVAL_SECONDS", 0.5)
+    servers = [new_nats_server(), new_nats_server()]
+    bus = new_bus(",".join(server.url for server in servers))
+    assert bus.wait_connected(5)
+    connected = next(server for server in servers if str(server.port) in str(bus._nc.connected_url))
+    with frozen(connected):
+        for _ in range(20):
+            bus.publish(Publication("client.unsent", b"x" * 1_000_000))
+        gevent.sleep(0.1)
+        assert bus._nc._transport is not None
+        assert bus._nc._transport._io_writer.transport.get_write_buffer_size() > 0  # type: ignore[attr-defined]
+        with gevent.Timeout(10):
+            while str(connected.port) in str(bus._nc.connected_url) or not bus.is_connected:
+                gevent.sleep(0.02)
+        echo(bus, "client.moved")
+        assert bus.request(Publication("client.moved", b"1"), 2).payload == b"1"
+
+
 def test_a_client_closed_for_good_is_replaced(new_nats_server: NewServer, new_bus: NewBus) -> None:
     bus = new_bus(new_nats_server().url)
     echo(bus, "client.replaced")

@@ -167,6 +167,30 @@ def run_script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
+@pytest.mark.parametrize(
+    ("changed", "at_sink", "stored", "faults"),
+    [
+        ({}, 10, {"facts": 10, "records": 10}, 0),
+        ({}, 10, {}, 0),
+        ({"errors": {"overloaded": 1}, "relayed": 9}, 9, {"facts": 9, "records": 9}, 1),
+        ({"relayed": 9}, 9, {}, 1),
+        ({}, 9, {"facts": 10, "records": 10}, 1),
+        ({}, 11, {"facts": 10, "records": 10}, 1),
+        ({}, 10, {"facts": 9, "records": 10}, 1),
+        ({}, 10, {"facts": 10, "records": 9}, 1),
+    ],
+)
+def test_a_run_counts_only_when_everything_was_sent_and_tracked(
+    bench_module: Callable[[str], ModuleType],
+    changed: dict[str, Any],
+    at_sink: int,
+    stored: dict[str, int],
+    faults: int,
+) -> None:
+    figures = {"requests": 10, "relayed": 10, "errors": {}} | changed
+    assert len(bench_module("run").faults_of("a row", figures, at_sink, stored)) == faults
+
+
 def test_a_run_counts_every_mail_and_says_what_is_missed(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
 
