@@ -31,6 +31,9 @@ PARKED_STREAM: Final = "EMAIL_PARKED"
 PARKED_SUBJECT: Final = "lfx.email-service.parked"
 """Where notifications of events go that nobody could read: for operators (``relayctl parked``), not for callers."""
 
+REQUESTS_BUCKET: Final = "email-requests"
+"""KV bucket: key a hash of caller and request_id, value who works on the request, or how it was answered."""
+
 # -- fields of a ``send_email`` request -------------------------------------------------
 SEND_EMAIL_FIELDS: Final = (
     "to",
@@ -42,6 +45,29 @@ SEND_EMAIL_FIELDS: Final = (
     "reply_to",
     "group_id",
 )
+SEND_EMAIL_OPTIONS: Final = (
+    "cc",
+    "bcc",
+    "recipients_as",
+    "request_id",
+    "timeout_seconds",
+    "message_id_header",
+    "in_reply_to",
+    "references",
+    "headers",
+    "tags",
+    "attachments",
+    "allow_single_part",
+)
+"""What a request may say besides; ``to`` may be a list then."""
+OBJECT_FIELD: Final = "object"
+"""A request that is nothing but this lies in an Object Store."""
+
+DEADLINE_HEADER: Final = "Relay-Deadline"
+"""Header of a NATS request: until when its caller waits, RFC 3339."""
+REQUEST_INFO_HEADER: Final = "Nats-Request-Info"
+"""Header that the NATS server adds where a service import has ``share``: who calls."""
+
 STATUS_FIELDS: Final = ("email_id", "group_id", "cursor")
 STATUS_LIMIT_FIELD: Final = "limit"
 ANALYTICS_FIELDS: Final = ("group_id",)
@@ -57,6 +83,7 @@ FROM_DOMAIN_NOT_ALLOWED: Final = "from address domain not allowed"
 INVALID_REPLY_TO: Final = "invalid reply_to address"
 REPLY_TO_DOMAIN_NOT_ALLOWED: Final = "reply_to address domain not allowed"
 DELIVERY_FAILED: Final = "email delivery failed"
+REQUEST_ID_REUSED: Final = "request_id already used with a different payload"
 
 EMAIL_ID_OR_GROUP_ID_REQUIRED: Final = "email_id or group_id is required"
 ONLY_ONE_OF_EMAIL_ID_OR_GROUP_ID: Final = "only one of email_id or group_id may be set"

@@ -210,7 +210,7 @@ class Reporting:
 def status_handler(answer: Callable[[bytes, float], bytes]) -> Handler:
     """A question as the bus serves it, with the answers to what never reaches ``answer``."""
     return Handler(
-        answer=answer,
+        answer=lambda msg, deadline, _: answer(msg.payload, deadline),
         overloaded=_error(contract.INTERNAL_ERROR),
         broken=_error(contract.INTERNAL_ERROR),
         too_large=_error(contract.RESPONSE_TOO_LARGE),

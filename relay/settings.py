@@ -4,8 +4,8 @@ Names are those of ``lfx-v2-email-service`` where it has the setting, else the f
 the unit in the name. A row's ``why`` is the reason for its default. The README's table and
 ``conf/relay.env.example`` are made from these rows, and a test holds them to it.
 
-An empty variable counts as unset (orchestrators set such), but for the three domain lists, where the
-contract gives it a meaning of its own: the empty list.
+An empty variable counts as unset (orchestrators set such), but for the four lists SMTP_ALLOWED_…, where
+it has a meaning of its own, by the contract for the three of domains: the empty list.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from relay.errors import AddressInvalid, ConfigError
 from relay.submission.address import parse_address
+from relay.submission.fields import DEFAULT_ALLOWED_HEADERS, header_patterns
 from relay.submission.policy import normalised_domains
 
 TRUE_WORDS = frozenset({"true", "t", "1"})
@@ -138,6 +139,19 @@ def _mailbox(value: object) -> object:
     return value
 
 
+def _header_names(value: object) -> object:
+    words = _words(value)
+    return header_patterns(words) if isinstance(words, tuple) else words
+
+
+def _buckets(value: object) -> object:
+    words = _words(value)
+    for word in words if isinstance(words, tuple) else ():
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", word):
+            raise ValueError(f"{word[:40]!r} is no name of a bucket: letters, digits, _ and -")
+    return words
+
+
 def _reply_prefixes(value: object) -> object:
     words = _words(value)
     if not isinstance(words, tuple):
@@ -228,6 +242,14 @@ class Settings(BaseSettings):
     backlog_limit_bytes: int = _row(
         Group.RELAY, 64_000_000, "Bytes of requests one worker holds at a time.", ge=1_000_000
     )
+    request_id_ttl_hours: float = _row(
+        Group.RELAY,
+        24,
+        "How long the answer to a `request_id` is remembered, when Relay makes the bucket `email-requests`.",
+        "longer than anybody tries again; each id costs NATS about 430 bytes of memory for as long",
+        ge=1,
+        le=8760,
+    )
     relay_reply_prefixes: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_reply_prefixes)] = _row(
         Group.RELAY,
         ("_INBOX", "_R_"),
@@ -238,6 +260,18 @@ class Settings(BaseSettings):
     # -- NATS
     nats_url: Annotated[str, BeforeValidator(_nats_url)] = _row(
         Group.NATS, "nats://localhost:4222", "NATS servers, separated by commas; may hold `user:password@`."
+    )
+    nats_trust_request_info: Boolean = _row(
+        Group.NATS,
+        False,
+        "Take the caller from `Nats-Request-Info`: request ids are then each caller's own, and records name it.",
+        "only true where every caller comes through a service import with `share`: others could write the header",
+    )
+    object_store_buckets: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_buckets)] = _row(
+        Group.NATS,
+        (),
+        "Object Store buckets that requests may refer to; empty: none.",
+        "the relay reads them on a caller's behalf: whoever may send a mail may have what lies there sent",
     )
 
     # -- the smarthost
@@ -289,6 +323,14 @@ class Settings(BaseSettings):
         ge=0,
         le=1_000_000,
     )
+    smtp_max_message_bytes: int = _row(
+        Group.SMTP,
+        40_000_000,
+        "Size of a mail with options (attachments in base64) above which its request is refused.",
+        "what Amazon SES takes; above 10 MB it takes them slowly",
+        ge=10_000,
+        le=1_000_000_000,
+    )
     smtp_connect_timeout_seconds: Seconds = _row(
         Group.SMTP, 10, "Resolving the name, and connecting.", "RFC 5321 §4.5.3.2 allows minutes a phase; callers wait"
     )
@@ -336,11 +378,28 @@ class Settings(BaseSettings):
         Group.POLICY, (), 'Domains, with their subdomains, that get mail at all; `""`: every domain.'
     )
 
+    smtp_max_recipients: int = _row(
+        Group.POLICY,
+        50,
+        "Recipients one request may name, `to`, `cc` and `bcc` together.",
+        "what Amazon SES takes a mail",
+        ge=1,
+        le=100,
+    )
+    smtp_allowed_headers: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_header_names)] = _row(
+        Group.POLICY,
+        DEFAULT_ALLOWED_HEADERS,
+        "Header fields that a request's `headers` may set; a `*` at the end stands for any rest. Never `X-SES-*`,"
+        ' `X-LFX-*`, nor what says who gets a mail and how it is read. `""`: none.',
+    )
+
     # -- tracking
     tracking_ack_seconds: Seconds = _row(
         Group.TRACKING, 1, "How long a reply waits for the record to be stored; then it goes out untracked."
     )
-    tracking_replicas: int = _row(Group.TRACKING, 1, "Replicas of bucket and log, when Relay makes them.", ge=1, le=5)
+    tracking_replicas: int = _row(
+        Group.TRACKING, 1, "Replicas of Relay's buckets and streams, when Relay makes them.", ge=1, le=5
+    )
     tracking_ttl_days: int = _row(
         Group.TRACKING, 0, "Days that records and facts are kept, when Relay makes bucket and log; 0: for ever.", ge=0
     )
@@ -404,7 +463,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
-        return {name: value for name, value in values.items() if value != "" or name.lower() in DOMAIN_LISTS}
+        return {name: value for name, value in values.items() if value != "" or name.lower() in ALLOWED_LISTS}
 
     @model_validator(mode="after")
     def _one_password(self) -> Settings:
@@ -446,7 +505,7 @@ class Settings(BaseSettings):
         return self.smtp_from or self.default_smtp_from
 
 
-DOMAIN_LISTS = frozenset(name for name in Settings.model_fields if name.startswith("smtp_allowed_"))
+ALLOWED_LISTS = frozenset(name for name in Settings.model_fields if name.startswith("smtp_allowed_"))
 
 
 def load_settings(defaults: Mapping[str, str] | None = None) -> Settings:
@@ -482,7 +541,7 @@ def apply_env_file(path: str) -> None:
             raise ConfigError(f"{path} line {original.line} is not NAME=value: {original.string.strip()[:60]!r}")
         if name is None:
             continue
-        is_set = name in os.environ if name.lower() in DOMAIN_LISTS else bool(os.environ.get(name))
+        is_set = name in os.environ if name.lower() in ALLOWED_LISTS else bool(os.environ.get(name))
         if value is not None and not is_set:
             os.environ[name] = value
             _from_file[name] = path

@@ -14,14 +14,19 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "workers").glob("*.py")])
 
 ONLY_IN = {
-    "nats": ("relay/bus/",),
-    "asyncio": ("relay/bus/",),
+    "nats": ("relay/bus/", "relay/client/"),
+    "asyncio": ("relay/bus/", "relay/client/"),
     "boto3": ("relay/aws/",),
     "botocore": ("relay/aws/",),
     "gevent": (
         "relay/bus/",
         "relay/delivery/",
+        "relay/bookkeeping.py",
         "relay/engagement.py",
+        "relay/extended.py",
+        "relay/idempotency/claims.py",
+        "relay/idempotency/ledger.py",
+        "relay/idempotency/twins.py",
         "relay/ops/polling.py",
         "relay/ops/process.py",
         "relay/ops/health.py",
@@ -40,9 +45,14 @@ ONLY_IN = {
 
 PURE = (
     "relay/contract.py",
+    "relay/answers.py",
     "relay/errors.py",
     "relay/redaction.py",
     "relay/bus/messages.py",
+    "relay/client/errors.py",
+    "relay/client/mail.py",
+    "relay/client/replies.py",
+    "relay/client/retry.py",
     "relay/submission/",
     "relay/tracking/record.py",
     "relay/tracking/events.py",
@@ -52,6 +62,7 @@ PURE = (
     "relay/tracking/cursors.py",
     "relay/tracking/erasure.py",
     "relay/tracking/comparison.py",
+    "relay/idempotency/claim.py",
     "relay/delivery/reply.py",
     "relay/delivery/outcome.py",
     "relay/delivery/trouble.py",
@@ -66,9 +77,13 @@ CLOCKS = {("time", "time"), ("time", "monotonic"), ("datetime", "now"), ("dateti
 LEVELS = [
     ("relay.__version__",),
     ("relay.contract", "relay.errors", "relay.redaction"),
+    ("relay.client",),
     ("relay.submission",),
     ("relay.bus", "relay.aws", "relay.delivery"),
     ("relay.tracking",),
+    ("relay.idempotency",),
+    ("relay.answers", "relay.bookkeeping"),
+    ("relay.extended",),
     ("relay.sending", "relay.engagement", "relay.reporting"),
     ("relay.settings",),
     ("relay.ops",),
@@ -137,7 +152,7 @@ def test_imports_run_downhill(path: Path) -> None:
         return
     for module, line in _imports(path):
         level = _level(module)
-        is_own_package = own.count(".") > 1 and own.split(".")[:2] == module.split(".")[:2]
+        is_own_package = own.split(".")[:2] == module.split(".")[:2]
         assert level is None or level < own_level or is_own_package, f"{_name(path)}:{line} imports {module} uphill"
 
 

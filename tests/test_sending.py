@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay import contract
+from relay.bookkeeping import RELAYED, RELAYED_FIELDS
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.bus.service import Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.delivery.smarthost import Smarthost
-from relay.sending import RELAYED, RELAYED_FIELDS, Sending, send_handler
+from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
 from relay.submission.policy import Policy
 from relay.tracking.log import Log
@@ -28,6 +29,8 @@ from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import Tracker
 from tests.support.bus_caller import replies_to
 from tests.support.scripted_smtp import Action, ScriptedSmtp, drop, say, stall
+from tests.support.sending import ask as ask_with
+from tests.support.sending import extras_for
 
 MAIL = {"to": "user@example.com", "subject": "Hello", "text": "Hello.\n", "html": "<p>Hello.</p>"}
 PATIENCE_SECONDS = 1.0
@@ -74,6 +77,7 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
             smarthost=smarthost,
             tracker=tracker,
             configuration_set=configuration_set,
+            extras=extras_for(jetstream, PATIENCE_SECONDS),
             **({"log_relayed": log_relayed} if log_relayed else {}),
         )
 
@@ -84,10 +88,7 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
 
 def ask(sending: Sending, request: Any) -> dict[str, Any]:
     """One request to the job itself."""
-    payload = request if isinstance(request, bytes) else json.dumps(request).encode()
-    reply = json.loads(sending.answer(payload, time.monotonic() + PATIENCE_SECONDS))
-    assert isinstance(reply, dict)
-    return reply
+    return ask_with(sending, request, PATIENCE_SECONDS)
 
 
 def record_of(jetstream: JetStream, email_id: str) -> dict[str, Any] | None:
@@ -205,7 +206,7 @@ def test_a_mail_in_doubt_is_settled_by_what_comes(
     smtp.change({"dot": dataclasses.replace(say(late), wait_seconds=0.4)})
     sending = new_sending(dot_seconds=5.0)
     group_id = f"settled-{time.monotonic_ns()}"
-    reply = json.loads(sending.answer(json.dumps(MAIL | {"group_id": group_id}).encode(), time.monotonic() + 0.2))
+    reply = ask_with(sending, MAIL | {"group_id": group_id}, 0.2)
     assert (reply["outcome"], reply["retryable"]) == ("in_doubt", False)
     record = record_of(jetstream, reply["email_id"])
     assert record is not None

@@ -71,6 +71,20 @@ def test_an_empty_variable_is_unset_but_an_empty_domain_list_is_empty(monkeypatc
     assert settings.smtp_allowed_reply_to_domains == ()
 
 
+def test_options_have_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = load_settings()
+    assert (defaults.smtp_max_recipients, defaults.smtp_max_message_bytes) == (50, 40_000_000)
+    assert defaults.smtp_allowed_headers == ("list-*", "x-*", "auto-submitted", "precedence")
+    assert (defaults.request_id_ttl_hours, defaults.object_store_buckets) == (24, ())
+    assert defaults.nats_trust_request_info is False, "a header that anybody may write is not believed unasked"
+    settings = loaded(monkeypatch, SMTP_ALLOWED_HEADERS="X-Campaign , List-*", OBJECT_STORE_BUCKETS="a, b_1")
+    assert settings.smtp_allowed_headers == ("x-campaign", "list-*")
+    assert settings.object_store_buckets == ("a", "b_1")
+    settings = loaded(monkeypatch, SMTP_ALLOWED_HEADERS="", OBJECT_STORE_BUCKETS="")
+    assert settings.smtp_allowed_headers == ()
+    assert settings.object_store_buckets == ()
+
+
 def test_domain_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = loaded(monkeypatch, SMTP_ALLOWED_FROM_DOMAINS=" Example.COM , ,bücher.example.org")
     assert settings.smtp_allowed_from_domains == ("example.com", "xn--bcher-kva.example.org")
@@ -106,6 +120,12 @@ BAD = {
     "ENGAGEMENT_POLLERS": "0",
     "ENGAGEMENT_EARLY_SECONDS": "-1",
     "ENGAGEMENT_RECEIVE_FAILURES": "-1",
+    "REQUEST_ID_TTL_HOURS": "0.5",
+    "NATS_TRUST_REQUEST_INFO": "perhaps",
+    "OBJECT_STORE_BUCKETS": "a.b",
+    "SMTP_MAX_MESSAGE_BYTES": "0",
+    "SMTP_MAX_RECIPIENTS": "101",
+    "SMTP_ALLOWED_HEADERS": "X-SES-*",
 }
 
 

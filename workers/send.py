@@ -5,18 +5,17 @@ from gevent import monkey
 monkey.patch_all()
 
 import time
+from functools import partial
 
 from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.delivery.smarthost import Smarthost
 from relay.ops.figures import micro_service, send_figures
-from relay.ops.logs import frequent_line
-from relay.ops.parts import policy, service, smarthost_config, storage_config
+from relay.ops.parts import extras, log_relayed, policy, service, smarthost_config, tracker
 from relay.ops.process import Context, run
 from relay.ops.waiting import wait_for_smarthost
-from relay.sending import RELAYED, RELAYED_FIELDS, Sending, log, send_handler
+from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
-from relay.tracking.tracker import Tracker
 
 SETTLE_SECONDS = 1.0
 
@@ -30,29 +29,27 @@ class SendWorker:
         rules = policy(settings)
         self._config = smarthost_config(settings)
         self._smarthost = Smarthost(self._config, default_sender=rules.default_from_address.mailbox)
-        self._tracker = Tracker(
-            JetStream(context.bus),
-            storage_config(settings),
-            settings.tracking_ack_seconds,
-            on_change=lambda why: context.presence.note("tracking", f"tracking is off: {why}" if why else ""),
-        )
+        jetstream = JetStream(context.bus)
+        more = self._more = extras(context, jetstream)
+        self._tracker = tracker(context, jetstream)
         gate = Admission(settings.backlog_limit, settings.backlog_limit_bytes, settings.smtp_pool_size)
-        sending = Sending(
+        sending = self._sending = Sending(
             policy=rules,
             smarthost=self._smarthost,
             tracker=self._tracker,
             configuration_set=settings.ses_configuration_set,
-            log_relayed=frequent_line(log, RELAYED, RELAYED_FIELDS),
+            extras=more,
+            log_relayed=log_relayed(),
             waited_in_vain=gate.waited_in_vain,
         )
         served = self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
-        self._micro_service = micro_service(
-            context, [served], lambda: send_figures(sending, served, gate, self._smarthost, self._tracker)
-        )
+        figures = partial(send_figures, sending, served, gate, self._smarthost, self._tracker, more.claims)
+        self._micro_service = micro_service(context, [served], figures)
 
     def start(self) -> None:
         self._micro_service.start()
         self._tracker.start()
+        self._more.claims.start()
         if self._context.settings.email_enabled:
             wait_for_smarthost(self._context, self._config)
         else:
@@ -65,12 +62,15 @@ class SendWorker:
 
     def finish(self, timeout_seconds: float) -> None:
         deadline = time.monotonic() + timeout_seconds
+        self._more.claims.limit_waits(deadline)
         self._service.wait_answered(timeout_seconds)
         self._smarthost.close(deadline)
         # What was cut just now is in doubt: its record and its reply are still to be written.
         deadline = time.monotonic() + self._context.settings.tracking_ack_seconds + SETTLE_SECONDS
         self._service.wait_answered(deadline - time.monotonic())
         self._smarthost.wait_settled(max(0.0, deadline - time.monotonic()))
+        self._sending.wait_amended(max(0.0, deadline - time.monotonic()))
+        self._more.claims.close(max(0.0, deadline - time.monotonic()))
         self._tracker.stop()
 
 

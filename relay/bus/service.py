@@ -45,12 +45,18 @@ class Gate(Protocol):
     def finish(self, now: float, size_bytes: int) -> None:
         """A request that was taken is answered."""
 
+    def leave(self, now: float, size_bytes: int) -> None:
+        """A request that was taken gives up its place unanswered; ``finish`` does not follow."""
+
 
 class Handler(NamedTuple):
     """What answers the requests of one subject. The functions return the reply as JSON bytes."""
 
-    answer: Callable[[bytes, float], bytes]
-    """``answer(payload, deadline)``: ``deadline`` on ``time.monotonic()``. It may block its greenlet."""
+    answer: Callable[[Msg, float, Callable[[Msg], None]], bytes]
+    """``answer(msg, deadline, step_aside)``: ``deadline`` on ``time.monotonic()``. It may block its greenlet.
+
+    ``step_aside(msg)`` says that from now on the request only waits for another: it gives up its place in the gate.
+    """
     overloaded: bytes
     """The reply to a request that is not taken."""
     broken: bytes
@@ -84,6 +90,8 @@ class Service:
         self._large: deque[tuple[Msg, float]] = deque()
         """Large requests that are not begun."""
         self._is_feeding = False
+        self._aside: set[int] = set()
+        """The identities of those in hand that gave up their places: they live as long as they are served."""
         self._resting: list[Any] = []
         """Greenlets that wait for the next request."""
         self._token: int | None = None
@@ -193,7 +201,7 @@ class Service:
     def _serve(self, msg: Msg, deadline: float) -> None:
         reply = self._handler.broken
         try:
-            reply = self._handler.answer(msg.payload, deadline)
+            reply = self._handler.answer(msg, deadline, self._step_aside)
         except Exception as error:
             self.broken += 1
             self.last_error = without_addresses(f"{type(error).__name__}: {error}")
@@ -201,13 +209,22 @@ class Service:
         finally:
             now = time.monotonic()
             self._busy_seconds += now - (deadline - self._patience_seconds)
-            self._gate.finish(now, len(msg.payload))
+            if self._aside and id(msg) in self._aside:
+                self._aside.discard(id(msg))
+            else:
+                self._gate.finish(now, len(msg.payload))
             self._reply(msg.reply_subject, reply)
             self.answered += 1
             self.in_hand -= 1
             if self._nothing_in_hand is not None and not self.in_hand:
                 self._nothing_in_hand.set()
                 self._nothing_in_hand = None
+
+    def _step_aside(self, msg: Msg) -> None:
+        """Once or more often while ``msg`` is served."""
+        if id(msg) not in self._aside:
+            self._aside.add(id(msg))
+            self._gate.leave(time.monotonic(), len(msg.payload))
 
     def _reply(self, reply_subject: str, reply: bytes) -> None:
         if not reply_subject:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import email
 import email.policy
+import mimetypes
 import sys
 from datetime import UTC, datetime
 from email.message import EmailMessage
@@ -26,26 +28,57 @@ BAR_WIDTH = 40
 
 
 @click.command()
-@click.option("--to", required=True, help="Recipient's address.")
+@click.option("--to", multiple=True, required=True, help="Recipient's address; may be repeated.")
+@click.option("--cc", multiple=True, help="Address of one who gets a copy, seen by all; may be repeated.")
+@click.option("--bcc", multiple=True, help="Address of one who gets a copy, seen by nobody; may be repeated.")
 @click.option("--subject", required=True, help="Subject line.")
 @click.option("--text", required=True, help="Plain-text body; @FILE reads it from a file.")
 @click.option("--html", default="", help="HTML body; @FILE reads it from a file. Default: the text, escaped.")
+@click.option("--attach", "files", metavar="FILE", multiple=True, help="File to attach; may be repeated.")
+@click.option(
+    "--header",
+    "headers",
+    metavar="'NAME: VALUE'",
+    multiple=True,
+    callback=lambda _context, _parameter, lines: _headers(lines),
+    help="Header field of your own, of those that SMTP_ALLOWED_HEADERS lets through; may be repeated.",
+)
 @click.option("--from", "from_", default="", help="Sender's address; its domain must be allowed.")
 @click.option("--from-display-name", default="", help="Sender's name.")
 @click.option("--reply-to", default="", help="Reply-To address; its domain must be allowed.")
 @click.option("--group", "group_id", default="", help="Group id, for analytics.")
+@click.option(
+    "--request-id", default="", help="Send it once under this id; the same command again shows the same reply."
+)
 @click.option("--timeout", default=95.0, show_default=True, help="Seconds to wait for the reply.")
 @json_option
-def send(timeout: float, as_json_: bool, text: str, html: str, **fields: str) -> None:
+def send(
+    timeout: float,
+    as_json_: bool,
+    text: str,
+    html: str,
+    to: tuple[str, ...],
+    cc: tuple[str, ...],
+    bcc: tuple[str, ...],
+    files: tuple[str, ...],
+    headers: dict[str, list[str]],
+    **fields: str,
+) -> None:
     """Sends one mail through NATS, as any caller would, and shows the reply.
 
-    Exits 1 when the reply is an error. Without a reply in time the mail may have been sent all the same.
+    Exits 1 when the reply is an error. Without a reply in time the mail may have been sent all the same; with
+    --request-id the same command may be given again without the risk of a second copy. Files go along in the request
+    itself, so they may be as large as one message of NATS (max_payload, 1 MiB) lets them in base64.
 
-    Example: relayctl send --to user@example.com --subject Hello --text 'It works.'
+    Example: relayctl send --to user@example.com --subject Hello --text 'It works.' --attach report.pdf
     """
     body = text_or_file(text)
-    request = {"text": body, "html": text_or_file(html) if html else escaped_html(body)}
+    request: dict[str, Any] = {"text": body, "html": text_or_file(html) if html else escaped_html(body)}
     request |= {name.rstrip("_"): value for name, value in fields.items() if value}
+    request["to"] = to[0] if len(to) == 1 else to  # one is the contract's own field, a string
+    request |= {name: value for name, value in (("cc", cc), ("bcc", bcc), ("headers", headers)) if value}
+    if files:
+        request["attachments"] = [_attachment(file) for file in files]
     reply = _ask(contract.SEND_EMAIL, request, timeout)
     if as_json_:
         print_json(reply)
@@ -54,6 +87,27 @@ def send(timeout: float, as_json_: bool, text: str, html: str, **fields: str) ->
     if reply.get("email_id") == "":
         click.echo("nothing was sent: EMAIL_ENABLED is false, or SMTP_ALLOWED_RECIPIENT_DOMAINS filters it", err=True)
     _exit_on_error(reply)
+
+
+def _headers(lines: tuple[str, ...]) -> dict[str, list[str]]:
+    """As the request has them: by name, each with its values."""
+    headers: dict[str, list[str]] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if not colon or not name.strip() or not value.strip():
+            raise click.BadParameter(f"{line!r} is not 'NAME: VALUE'")
+        headers.setdefault(name.strip(), []).append(value.strip())
+    return headers
+
+
+def _attachment(file: str) -> dict[str, str]:
+    path = Path(file)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise click.ClickException(f"cannot read {file}: {error.strerror}") from error
+    content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return {"filename": path.name, "content_type": content_type, "content": base64.b64encode(content).decode()}
 
 
 @click.command()
@@ -160,15 +214,22 @@ def _exit_on_error(answer: Any) -> None:
 def _show_fields(fields: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in fields.items():
-        table.add_row(Text(name, style="bold"), Text(plain(value), style="red" if name == "error" else ""))
+        shown = _recipients(value) if name == "recipients" and isinstance(value, list) else plain(value)
+        table.add_row(Text(name, style="bold"), Text(shown, style="red" if name == "error" else ""))
     console().print(table)
+
+
+def _recipients(recipients: list[Any]) -> str:
+    """A line each: address, outcome, and what the smarthost said in figures."""
+    names = ("address", "outcome", "reply_code", "enhanced_code")
+    lines = [[str(each.get(name) or "") for name in names] for each in recipients if isinstance(each, dict)]
+    return "\n".join(" ".join(filter(None, map(plain, line))) for line in lines)
 
 
 def _show_record(record: dict[str, Any]) -> None:
     """The mail's own data, then what happened, in order of time."""
-    _show_fields(
-        {name: record[name] for name in ("email_id", "group_id", "to", "subject", "remote_id") if name in record}
-    )
+    names = ("email_id", "group_id", "to", "subject", "remote_id", "caller", "recipients")
+    _show_fields({name: record[name] for name in names if name in record})
     happened = [(record.get("sent_at", ""), "in doubt" if record.get("outcome") == "in_doubt" else "relayed")]
     happened += [(record[f"{what}_at"], what) for what in ("delivered", "failed") if record.get(f"{what}_at")]
     happened += [(each.get("opened_at", ""), "opened") for each in record.get("opened_at_list") or []]

@@ -21,7 +21,7 @@ def check(as_json_: bool) -> None:
     """Asks NATS, JetStream, the smarthost and this host whether a relay could run; says what to do where not.
 
     Exits 1 when it could not. What it could run without is a warning. Asks about the relay that runs in the state
-    directory, where there is one. Makes the bucket and the log when they are missing, as the first worker would.
+    directory, where there is one. Makes the buckets and the log when they are missing, as the first worker would.
 
     Example: relayctl check
     """

@@ -59,6 +59,12 @@ class Snapshot(NamedTuple):
         return next((why for why in told if why), "") if told else None
 
     @property
+    def request_ids_problem(self) -> str | None:
+        """Why no request_id is taken, '' when they are, None when nobody can tell."""
+        told = [each["request_ids"]["off_reason"] for each in self.fleet.here.values() if "request_ids" in each]
+        return next((why for why in told if why), "") if told else None
+
+    @property
     def events(self) -> dict[str, Any] | None:
         """The figures of the engagement worker, None when it does not answer, or there is none."""
         return self.fleet.here.get(ENGAGEMENT)
@@ -112,6 +118,7 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
             "server_version": snapshot.fleet.nats_version,
         },
         "tracking": {"on": _is_fine(snapshot.tracking_problem), "problem": snapshot.tracking_problem or ""},
+        "request_ids": {"on": _is_fine(snapshot.request_ids_problem), "problem": snapshot.request_ids_problem or ""},
         "smtp": {
             "smarthost": _smarthost(snapshot),
             "ok": _is_fine(snapshot.smtp_problem),
@@ -153,7 +160,7 @@ def _reason(status: ProgramStatus, snapshot: Snapshot) -> str:
 
 
 def render(snapshot: Snapshot) -> RenderableType:
-    """The table of programs, then a line each for NATS, tracking and the smarthost, then the last errors."""
+    """The table of programs, then a line each for NATS, tracking, dedup, SMTP and so on, then the last errors."""
     parts: list[RenderableType] = [_table(snapshot), Text()]
     fleet = snapshot.fleet
     url = without_password(str(snapshot.started.get("nats_url", "")))
@@ -161,6 +168,7 @@ def render(snapshot: Snapshot) -> RenderableType:
     if old := old_server_problem(fleet.nats_version):
         parts.append(Text(old, style=WAITING))
     parts.append(_line("Tracking", snapshot.tracking_problem, "on"))
+    parts.append(_line("Dedup", snapshot.request_ids_problem, "on"))
     smarthost = _smarthost(snapshot)
     problem = snapshot.smtp_problem
     parts.append(_line("SMTP", f"{smarthost}: {problem}" if problem else problem, smarthost))

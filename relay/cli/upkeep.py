@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay import contract
-from relay.bus.jetstream import JetStream, Stored
+from relay.bus.jetstream import STREAM_NOT_FOUND, JetStream, Stored
 from relay.bus.kv import Bucket
 from relay.cli.progress import progress_bar
 from relay.cli.request import tracking_storage
@@ -35,10 +35,12 @@ from relay.ops.parts import storage_config
 from relay.tracking.erasure import ERASED_AT, erasable, erased
 from relay.tracking.facts import Fact
 from relay.tracking.inspection import Condition, Remark, Store, duration, inspect
-from relay.tracking.record import is_email_id, parse_record, rfc3339
+from relay.tracking.record import is_email_id, parse_record, parse_time, rfc3339
 from relay.tracking.repair import EXAMPLES, MIN_AGE_SECONDS, Repair, Report
-from relay.tracking.storage import patiently
+from relay.tracking.storage import NANOSECONDS, patiently
 
+STORES_BESIDE = 3
+"""In one table: as many as 80 columns take."""
 ERASE_SECONDS = 10.0
 ERASE_TRIES = 20
 """Against who changes the record at the same moment."""
@@ -50,10 +52,10 @@ ROLL_UP = {"Nats-Rollup": "sub"}
 @click.command()
 @json_option
 def buckets(as_json_: bool) -> None:
-    """Shows the bucket of records, the log and lfx's index: figures, limits, and what they lack.
+    """Shows every bucket and stream that Relay keeps, and lfx's index: figures, limits, and what they lack.
 
     What is there is used as it is, whoever made it; for what it lacks it says what that costs, and the command that
-    changes it. Changes nothing. Exits 1 when something makes tracking lose data.
+    changes it. Changes nothing. Exits 1 when something makes tracking lose data, or request ids be forgotten early.
 
     Example: relayctl buckets
     """
@@ -63,7 +65,9 @@ def buckets(as_json_: bool) -> None:
     if as_json_:
         print_json(_condition_json(condition))
     else:
-        console().print(_stores_table(condition.stores))
+        for first in range(0, len(condition.stores), STORES_BESIDE):
+            click.echo("\n" if first else "", nl=False)
+            console().print(_stores_table(condition.stores[first : first + STORES_BESIDE]))
         for remark in condition.remarks:
             _show_remark(remark)
         if not condition.remarks:
@@ -288,8 +292,9 @@ def erase(email_id: str, yes: bool, as_json_: bool) -> None:
     Ids, times and counts stay, so the figures of its group do too; events that come later are counted. The record
     says when it was erased (erased_at). Cannot be undone. Old values that a bucket with a history keeps of the record
     go with it. The log holds ids and times only; NATS frees the old bytes on its disks when it compacts them, and
-    backups keep what they have. While a poller of lfx's still runs, it may write data back: erase again when it is
-    gone. Exits 1 when there is no such mail, or when old values are still there.
+    backups keep what they have. A reply that is kept for a request_id may name recipients until its time is over; no
+    mail's id leads to it, so it stays, and is said. While a poller of lfx's still runs, it may write data back: erase
+    again when it is gone. Exits 1 when there is no such mail, or when old values are still there.
 
     Example: relayctl erase 550e8400-e29b-41d4-a716-446655440000 --yes
     """
@@ -301,7 +306,12 @@ def erase(email_id: str, yes: bool, as_json_: bool) -> None:
         fields = _fields_to_erase(email_id)
         if not yes and fields:
             click.confirm(f"Erase {plain(', '.join(fields))} of mail {email_id}?", abort=True, err=True)
-        erased_at = _erase(email_id)
+        erased_at, reply_until = _erase(email_id)
+    if reply_until:
+        say(
+            f"until {plain(reply_until)} the bucket {contract.REQUESTS_BUCKET} may keep the reply to this mail's"
+            " request with recipients in it: if it had a request_id, and named several or the smarthost named one"
+        )
     if as_json_:
         print_json({"email_id": email_id, "erased_at": erased_at, "fields": fields})
     else:
@@ -323,8 +333,11 @@ def _delete_command(email_id: str) -> str:
     return command_line("nats", "kv", "del", contract.RECIPIENTS_BUCKET, operand=email_id)
 
 
-def _erase(email_id: str) -> str:
-    """Erases by compare-and-set, and what a bucket with a history remembers; when it was erased."""
+def _erase(email_id: str) -> tuple[str, str]:
+    """Erases by compare-and-set, and what a bucket with a history remembers.
+
+    When it was erased; and until when the reply to its request may be kept elsewhere, '' when it is not.
+    """
     with tracking_storage(nats_url(current_settings())) as jetstream:
         bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         config = jetstream.stream_info(bucket.stream).config
@@ -334,10 +347,31 @@ def _erase(email_id: str) -> str:
         value = patiently(write, ERASE_SECONDS)
         if has_history and not rolls_up:
             _forget_old_values(jetstream, bucket, email_id)
+        kept_seconds = patiently(partial(_seconds_replies_are_kept, jetstream), ERASE_SECONDS)
     record = parse_record(value) if value is not None else None
     if record is None:
         fail(RelayError(f"mail {email_id}: its record was taken away meanwhile"))
-    return str(record.get(ERASED_AT, ""))
+    return str(record.get(ERASED_AT, "")), _reply_until(record, kept_seconds)
+
+
+def _seconds_replies_are_kept(jetstream: JetStream) -> float:
+    """For how long the bucket of request ids keeps them, 0 when there is none."""
+    try:
+        config = jetstream.stream_info(f"KV_{contract.REQUESTS_BUCKET}").config
+    except BusRefused as error:
+        if error.code != STREAM_NOT_FOUND:
+            raise
+        return 0.0
+    return int(config.get("max_age") or 0) / NANOSECONDS or float("inf")
+
+
+def _reply_until(record: dict[str, Any], kept_seconds: float) -> str:
+    """Counted from when the mail was sent: which request it was sent for, nobody can tell."""
+    sent_at = parse_time(record.get("sent_at"))
+    if not kept_seconds or kept_seconds == float("inf"):
+        return "it is deleted" if kept_seconds else ""
+    until = (sent_at.timestamp() if sent_at is not None else time.time()) + kept_seconds
+    return rfc3339(until) if until > time.time() else ""
 
 
 def _write_erased(jetstream: JetStream, bucket: Bucket, email_id: str, at: str, rolls_up: bool) -> bytes | None:

@@ -15,16 +15,28 @@ from relay.bus.micro import MicroService
 from relay.bus.service import Gate, Service
 from relay.ops.process import Context
 
-if (
-    TYPE_CHECKING
-):  # a worker loads only the parts that it has: another's cost it time to start, and memory (boto3: 20 MB)
+# A worker loads only the parts that it has: another's cost it time to start, and memory (boto3: 20 MB).
+if TYPE_CHECKING:
     from relay.delivery.smarthost import Smarthost
     from relay.engagement import Engagement
+    from relay.idempotency.claims import Claims
     from relay.ops.polling import Polling
     from relay.sending import Sending
     from relay.tracking.tracker import Tracker
 
 POLLED = ("received", "deleted", "undeleted", "left", "extended", "broken", "receive_failures")
+CLAIMS = (
+    "claimed",
+    "taken_over",
+    "repeated",
+    "payload_differs",
+    "in_progress",
+    "unavailable",
+    "overloaded",
+    "uncommitted",
+    "unsettled",
+    "lost",
+)
 OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")
 
 
@@ -54,7 +66,7 @@ def _process(context: Context) -> dict[str, Any]:
 
 
 def send_figures(
-    sending: Sending, service: Service, gate: Gate, smarthost: Smarthost, tracker: Tracker
+    sending: Sending, service: Service, gate: Gate, smarthost: Smarthost, tracker: Tracker, claims: Claims
 ) -> dict[str, Any]:
     """A send worker's own: what it holds, what became of its mails, its pool, its circuit, its tracking."""
     pool = dict(smarthost.figures())
@@ -74,6 +86,7 @@ def send_figures(
             "lost": tracker.lost,
             "unsettled": tracker.unsettled,
         },
+        "request_ids": dict.fromkeys(CLAIMS, 0) | claims.figures(),
     }
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from relay import contract
+from relay.bus.jetstream import JetStream
 from relay.bus.service import Gate, Handler, Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
+from relay.ops.logs import frequent_line
 from relay.ops.process import Context
 from relay.settings import Settings
 from relay.submission.policy import Policy
@@ -16,6 +19,8 @@ from relay.tracking.storage import StorageConfig
 if TYPE_CHECKING:
     from relay.aws.sqs import QueueConfig
     from relay.engagement import EngagementConfig
+    from relay.extended import Extras
+    from relay.tracking.tracker import Tracker
 
 
 def policy(settings: Settings) -> Policy:
@@ -66,6 +71,45 @@ def smarthost_config(settings: Settings) -> SmarthostConfig:
 def storage_config(settings: Settings) -> StorageConfig:
     """How bucket and log are made when they are missing."""
     return StorageConfig(settings.tracking_replicas, settings.tracking_ttl_days, settings.tracking_storage)
+
+
+def tracker(context: Context, jetstream: JetStream) -> Tracker:
+    """What keeps records and facts of what is sent, and says on the status page when it cannot. Not started."""
+    # Here, as below: what sends mail is of no use to the other workers.
+    from relay.tracking.tracker import Tracker
+
+    def note(why: str) -> None:
+        context.presence.note("tracking", f"tracking is off: {why}" if why else "")
+
+    settings = context.settings
+    return Tracker(jetstream, storage_config(settings), settings.tracking_ack_seconds, on_change=note)
+
+
+def extras(context: Context, jetstream: JetStream) -> Extras:
+    """What requests with options need."""
+    from relay.extended import Extras
+    from relay.idempotency.claims import Claims, ClaimsConfig
+
+    settings = context.settings
+    worker = f"{context.program}@{platform.node()}"
+    claims = Claims(jetstream, ClaimsConfig(settings.request_id_ttl_hours, storage_config(settings)), worker)
+    return Extras(
+        claims=claims,
+        jetstream=jetstream,
+        patience_seconds=settings.send_timeout_seconds,
+        max_recipients=settings.smtp_max_recipients,
+        max_message_bytes=settings.smtp_max_message_bytes,
+        allowed_headers=settings.smtp_allowed_headers,
+        object_buckets=settings.object_store_buckets,
+        trusts_request_info=settings.nats_trust_request_info,
+    )
+
+
+def log_relayed() -> Callable[..., None]:
+    """The line of a relayed mail, at the price of a line that is written for every mail."""
+    from relay import bookkeeping
+
+    return frequent_line(bookkeeping.log, bookkeeping.RELAYED, bookkeeping.RELAYED_FIELDS)
 
 
 def engagement_config(settings: Settings) -> EngagementConfig:

@@ -1,7 +1,7 @@
 """Preflight: can a relay with these settings run here? Each question asked for real, each answer with its remedy.
 
 Owns the list of questions. Asks NATS, JetStream, the smarthost and the queue of events as the workers would, and
-changes nothing but for making the bucket and the log when they are missing (as the first worker would), and that one
+changes nothing but for making the buckets and the log when they are missing (as the first worker would), and that one
 message of the queue may count as received once more.
 """
 
@@ -19,6 +19,7 @@ from relay.bus.kv import Bucket
 from relay.delivery.config import SmarthostConfig
 from relay.delivery.readiness import ping
 from relay.errors import BusRefused, BusUnavailable, ConfigError, EgressUnavailable, QueueUnavailable, RelayError
+from relay.idempotency.claims import Claims, ClaimsConfig
 from relay.ops.parts import queue_config, smarthost_config, storage_config
 from relay.ops.supervision import Supervision, check_port_free
 from relay.settings import Settings, unknown_names
@@ -91,6 +92,7 @@ def _nats(settings: Settings) -> Iterator[Finding]:
         if (problem := old_server_problem(bus.server_version)) != "":
             yield Finding("NATS version", False, problem)
         yield _jetstream(bus, settings)
+        yield _request_ids(bus, settings)
     finally:
         bus.close()
 
@@ -113,6 +115,20 @@ def _jetstream(bus: Bus, settings: Settings) -> Finding:
         told = "; ".join(f"{each.store} {each.text}" for each in losing)
         return Finding("JetStream", False, f"{told} (`relayctl buckets` says what to do)", is_warning=True)
     return Finding("JetStream", True, f"bucket {contract.RECIPIENTS_BUCKET} and log {contract.LOG_STREAM} are there")
+
+
+def _request_ids(bus: Bus, settings: Settings) -> Finding:
+    """Makes the bucket as a send worker would."""
+    config = ClaimsConfig(settings.request_id_ttl_hours, storage_config(settings))
+    claims = Claims(JetStream(bus, timeout_seconds=CONNECT_SECONDS), config, "relayctl check")
+    try:
+        claims.start()
+        problem = claims.off_reason
+    finally:
+        claims.close(0)
+    if problem:
+        return Finding("request ids", False, f"mail with a request_id will be deferred: {problem}", is_warning=True)
+    return Finding("request ids", True, f"bucket {contract.REQUESTS_BUCKET} is there")
 
 
 def _smarthost(settings: Settings) -> Iterator[Finding]:

@@ -67,6 +67,11 @@ class Admission:
         elif now >= self._next_tick_at and self._finished > self._ticks[-1][1]:
             self._tick(now)
 
+    def leave(self, now: float, size_bytes: int) -> None:
+        """One that was taken is no work any more; ``finish`` does not follow."""
+        self.waited_in_vain()
+        self.finish(now, size_bytes)
+
     def _tick(self, now: float) -> None:
         self._ticks.append((now, self._finished))
         self._next_tick_at = now + TICK_SECONDS
@@ -79,6 +84,6 @@ class Admission:
             return 0.0
         since, finished_then = self._ticks[0]
         done = self._finished - finished_then
-        if not done:  # a slow smarthost, or one that hangs: as long again as it has taken, and as long again
+        if done <= 0:  # a slow smarthost, or one that hangs: as long again as it has taken, and as long again
             return 2 * (now - since)
         return self.backlog * (now - since) / done

@@ -23,6 +23,7 @@ import orjson
 
 from relay import contract
 from relay.errors import SubmissionRejected
+from relay.submission.options import Members, ObjectRef, Options, decode_object, decode_options, folded
 
 _LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _QUOTATION_MARKS: Final = repeat('"')
@@ -37,6 +38,13 @@ MAX_QUESTION_BYTES = 64 * 1024 + 12 * MAX_GROUP_ID_CHARACTERS
 """Of a status question: no group id that was ever taken is longer, however it is escaped."""
 
 
+MAX_REFERENCE_BYTES = 4 * 1024
+"""Of a request that is a reference to an object: a bucket and a name, however they are escaped, and little else."""
+
+_SEND_EMAIL_FIELDS: Final = frozenset(contract.SEND_EMAIL_FIELDS)
+_NO_FIELDS: Final = dict.fromkeys(contract.SEND_EMAIL_FIELDS, "")
+
+
 class SendRequest(NamedTuple):
     """A ``send_email`` request. Same order as ``contract.SEND_EMAIL_FIELDS``; '' where the caller gave nothing."""
 
@@ -48,6 +56,8 @@ class SendRequest(NamedTuple):
     from_display_name: str
     reply_to: str
     group_id: str
+    options: Options | None = None
+    """What it says beyond the contract's eight fields; None for a plain mail. ``to`` then names the first recipient."""
 
 
 def decode_send_request(payload: bytes) -> SendRequest:
@@ -56,13 +66,86 @@ def decode_send_request(payload: bytes) -> SendRequest:
     Raises ``SubmissionRejected`` with ``INVALID_REQUEST_PAYLOAD``, or with ``REQUIRED_FIELDS_MISSING`` and the first
     missing field. A group id too long to be kept in the mail's record is refused before anything is sent.
     """
-    request = SendRequest(*decode_fields(payload, contract.SEND_EMAIL_FIELDS).values())
+    decoded = _loaded(payload)
+    request = _usual_request(payload, decoded) or _any_request(_whole_members(payload, decoded))
     if not (request.to and request.subject_header and request.html and request.text):
-        missing = contract.SEND_EMAIL_FIELDS[request.index("")]
-        raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")
+        is_enough = request.options is not None and request.options.allow_single_part and (request.html or request.text)
+        if not (is_enough and request.to and request.subject_header):
+            missing = contract.SEND_EMAIL_FIELDS[request.index("")]
+            raise SubmissionRejected(contract.REQUIRED_FIELDS_MISSING, missing, f"{missing} is missing or empty")
     if len(request.group_id) > _ALWAYS_SHORT_CHARACTERS:
         _check_group_id(request.group_id)
     return request
+
+
+def decode_request_object(payload: bytes) -> ObjectRef | None:
+    """The object that holds the whole request, when ``payload`` is nothing but a reference to one."""
+    if len(payload) > MAX_REFERENCE_BYTES or b"{" not in payload[1:]:
+        return None
+    return decode_object(_whole_members(payload, _loaded(payload)))
+
+
+def _loaded(payload: bytes) -> object:
+    """What orjson makes of ``payload``; None, too, where it refuses what Go may take."""
+    try:
+        return orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return None
+
+
+def _usual_request(payload: bytes, decoded: object) -> SendRequest | None:
+    """Known names, exactly written, and strings only; None for any other request, also one that nobody can read."""
+    if type(decoded) is not dict or not decoded.keys() <= _SEND_EMAIL_FIELDS:
+        return None
+    if set(map(type, decoded.values())) != _ONLY_STRINGS:
+        return None
+    if _has_dropped_a_name(payload, len(decoded), decoded.values()):
+        return None
+    return SendRequest._make((*(_NO_FIELDS | decoded).values(), None))
+
+
+def _any_request(members: Collection[tuple[str, object]]) -> SendRequest:
+    fields = dict(_NO_FIELDS)
+    for name, value in members:
+        field = name if name in fields else folded(name)
+        if field not in fields or value is None:
+            continue
+        if field == "to" and type(value) is list:
+            fields[field] = ""  # ``options`` has them all
+        elif isinstance(value, str):
+            fields[field] = _LONE_SURROGATE.sub("\ufffd", value)
+        else:
+            _reject(field, f"{field} must be a string")
+    options = decode_options(members)
+    if options is not None:
+        fields["to"] = options.to[0] if options.to else ""
+    return SendRequest._make((*fields.values(), options))
+
+
+def _whole_members(payload: bytes, decoded: object) -> Collection[tuple[str, object]]:
+    """The members of the request: orjson's where it dropped none, at any depth; else read again by the slow parser."""
+    if type(decoded) is dict:
+        names, texts = _names_and_texts(decoded)
+        if not _has_dropped_a_name(payload, names, texts):
+            return decoded.items()
+    return list(_members(payload, _OPTIONS_DECODER))
+
+
+def _names_and_texts(decoded: dict[str, object]) -> tuple[int, list[str]]:
+    """How many names there are at any depth, and every string that is a value."""
+    names = 0
+    texts: list[str] = []
+    waiting: list[object] = [decoded]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            texts.append(value)
+        elif isinstance(value, dict):
+            names += len(value)
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+    return names, texts
 
 
 def _check_group_id(group_id: str) -> None:
@@ -150,7 +233,7 @@ def decode_fields(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
                 result[name] = value
             elif value is not None:
                 _reject(name, f"{name} must be a string")
-        elif _folded(name) in result:
+        elif folded(name) in result:
             return _decode_slowly(payload, fields)
     texts = [value for value in decoded.values() if isinstance(value, str)]
     return _decode_slowly(payload, fields) if _has_dropped_a_name(payload, len(decoded), texts) else result
@@ -170,20 +253,11 @@ def _has_dropped_a_name(payload: bytes, members: int, texts: Collection[str]) ->
     return surplus != sum(map(str.count, texts, _QUOTATION_MARKS)) or b"\\u0022" in payload
 
 
-def _folded(name: str) -> str:
-    """``name`` in Go's simple case folding, as far as it can make an ASCII name: U+017F is an s, U+212A a k."""
-    return name.lower().replace("\u017f", "s")
-
-
 def _reject(field: str, detail: str) -> NoReturn:
     raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, field, detail)
 
 
 # -- the slow path ----------------------------------------------------------------------------------------------------
-
-
-class _Members(list[tuple[str, object]]):
-    """An object as its members in document order, repeated names included; not to be confused with an array."""
 
 
 def _number(_digits: str) -> int:
@@ -201,17 +275,20 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _SLOW_DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_Members, parse_int=_number, parse_float=_number, parse_constant=_refuse_constant
+    object_pairs_hook=Members, parse_int=_number, parse_float=_number, parse_constant=_refuse_constant
+)
+_OPTIONS_DECODER: Final = json.JSONDecoder(
+    object_pairs_hook=Members, parse_int=_small_number, parse_constant=_refuse_constant
 )
 _LIMIT_DECODER: Final = json.JSONDecoder(
-    object_pairs_hook=_Members, parse_int=_small_number, parse_float=str, parse_constant=_refuse_constant
+    object_pairs_hook=Members, parse_int=_small_number, parse_float=str, parse_constant=_refuse_constant
 )
 
 
 def _decode_slowly(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
     result = dict.fromkeys(fields, "")
     for name, value in _members(payload, _SLOW_DECODER):
-        field = name if name in result else _folded(name)
+        field = name if name in result else folded(name)
         if field not in result or value is None:
             continue
         if not isinstance(value, str):
@@ -232,6 +309,6 @@ def _members(payload: bytes, decoder: json.JSONDecoder) -> Iterator[tuple[str, o
         raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, "", "the payload is nested too deeply") from error
     if decoded is None:
         return iter(())
-    if not isinstance(decoded, _Members):
+    if not isinstance(decoded, Members):
         _reject("", "the payload is not a JSON object")
     return iter(decoded)

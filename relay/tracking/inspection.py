@@ -1,4 +1,4 @@
-"""Bucket, log and lfx's index as they are: their limits, and what these cost or lose.
+"""Every bucket and stream as it is, lfx's index too: their limits, and what these cost or lose.
 
 What exists is used as it is, whoever made it. So an operator has to be told what an old bucket lacks, what that
 costs, and the command of the ``nats`` tool that changes it. Asks one question a stream and changes nothing.
@@ -22,10 +22,12 @@ FULL_SHARE = 0.9
 LEAST_RECORD_BYTES = 64 * 1024
 """What lfx's chart allows a record. Relay keeps a record's lists under 60 KiB, but a group id may be long."""
 LEAST_FACT_BYTES = 2048
+LEAST_CLAIM_BYTES = 64 * 1024
+"""A claim of 100 recipients, each with what the smarthost said of it."""
 
 
 class Store(NamedTuple):
-    """One stream of tracking's, as its leader sees it."""
+    """One stream, as its leader sees it."""
 
     name: str
     """Of the bucket, or of the stream where it is none."""
@@ -62,6 +64,7 @@ class Store(NamedTuple):
 RECORDS = f"KV_{contract.RECIPIENTS_BUCKET}"
 FACTS = contract.LOG_STREAM
 INDEX = f"KV_{contract.GROUP_INDEX_BUCKET}"
+REQUESTS = f"KV_{contract.REQUESTS_BUCKET}"
 LFX_VALUE_BYTES = {RECORDS: 64 * 1024, INDEX: 1024 * 1024}
 
 
@@ -71,7 +74,7 @@ class Remark(NamedTuple):
     store: str
     """Its name."""
     loses: bool
-    """Whether tracking loses data by it; else it only costs something."""
+    """Whether tracking loses data by it, or request ids are forgotten; else it only costs something."""
     text: str
     command: str
     """What mends it, '' when it has to be made anew."""
@@ -85,7 +88,7 @@ class Condition(NamedTuple):
 
     @property
     def loses(self) -> bool:
-        """Whether anything makes tracking lose data."""
+        """Whether anything makes tracking lose data, or request ids be forgotten early."""
         return any(remark.loses for remark in self.remarks)
 
 
@@ -100,7 +103,11 @@ def inspect(jetstream: JetStream, expected: StorageConfig) -> Condition:
     remarks: list[Remark] = []
     for store in (records, facts):
         remarks += _remarks(store, Beside(expected, facts))
-    return Condition([records, facts, index], remarks)
+    requests = _look(jetstream, REQUESTS, contract.REQUESTS_BUCKET)
+    if requests.config is not None:  # else the first send worker makes it
+        remarks += _remarks(requests, Beside(expected, facts))
+    parked = _look(jetstream, contract.PARKED_STREAM, contract.PARKED_STREAM)
+    return Condition([records, facts, index, requests, parked], remarks)
 
 
 def _look(jetstream: JetStream, stream: str, name: str) -> Store:
@@ -218,6 +225,7 @@ def duration(seconds: int) -> str:
 
 
 BOTH = (RECORDS, FACTS)
+ALL = (RECORDS, FACTS, REQUESTS)
 
 
 def _messages(store: Store) -> int:
@@ -381,17 +389,56 @@ RULES = (
         lambda _, beside: f"--replicas={beside.expected.replicas}",
     ),
     Rule(
-        BOTH,
+        ALL,
         lambda store, _: bool(store.offline),
         False,
         lambda store, _: f"has replicas that do not answer: {', '.join(store.offline)}; start these servers",
         _always(""),
     ),
     Rule(
-        BOTH,
+        ALL,
         _is("persist_mode", "async"),
         False,
         _always("acknowledges before it has written: a crash of the server loses the newest"),
         _always(""),
+    ),
+    Rule(
+        (REQUESTS,),
+        lambda store, beside: _is("storage", "memory")(store, beside) and beside.expected.storage != "memory",
+        True,
+        _always(
+            "is kept in memory: request ids are forgotten when its servers restart, and a repetition is sent again"
+        ),
+        _always(""),
+    ),
+    Rule(
+        (REQUESTS,),
+        lambda store, _: (
+            (store.number("max_bytes") > 0 or store.number("max_msgs") > 0)
+            and (store.config or {}).get("discard") != "new"
+        ),
+        True,
+        _always("forgets the oldest request ids when it is full: a repetition is sent again"),
+        _always("--discard=new"),
+    ),
+    Rule(
+        (REQUESTS,),
+        lambda store, _: 0 < store.number("max_msg_size") < LEAST_CLAIM_BYTES,
+        False,
+        lambda store, _: (
+            f"takes claims of {store.number('max_msg_size'):,} bytes: a request to many recipients may not fit, and is"
+            " deferred"
+        ),
+        _always("--max-msg-size=-1"),
+    ),
+    Rule(
+        (REQUESTS,),
+        lambda store, beside: store.number("num_replicas") < beside.expected.replicas,
+        False,
+        lambda store, beside: (
+            f"has {store.number('num_replicas')} of {beside.expected.replicas} replicas (TRACKING_REPLICAS): no request"
+            " id is taken while too many of their servers are down, and a lost disk forgets all"
+        ),
+        lambda _, beside: f"--replicas={beside.expected.replicas}",
     ),
 )

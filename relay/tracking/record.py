@@ -3,19 +3,20 @@
 Pure. Times are RFC 3339 in UTC. ``delivered``, ``opened``, ``open_count`` and ``failed`` are always
 present; other optional fields are left out when unset. Our own: ``outcome`` (``in_doubt`` when the final
 dot was sent and no reply came; ``failed`` or ``deferred`` when one came after the caller had been answered, and it
-was no), ``remote_id`` (the smarthost's id; Amazon SES: the message id of its events), and what events add beside
-lfx's fields (``folding`` has the table). ``truncated`` is never stored: it stands in an answer that has no room for
-the whole record.
+was no), ``remote_id`` (the smarthost's id; Amazon SES: the message id of its events), ``recipients`` of a mail to
+several (what became of each), ``caller`` where NATS vouches for one, and what events add beside lfx's fields
+(``folding`` has the table). ``truncated`` is never stored: it stands in an answer that has no room for the whole
+record.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import floor
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -98,6 +99,16 @@ def last_event_at(record: Mapping[str, Any]) -> str:
     return latest(*(record.get(name) for name in EVENT_TIMES))
 
 
+class RecipientOutcome(NamedTuple):
+    """What became of one recipient of a mail to several, as its record keeps it."""
+
+    address: str
+    """As the caller wrote it."""
+    outcome: str
+    reply_code: int | None
+    enhanced_code: str
+
+
 def new_record(
     *,
     email_id: str,
@@ -107,6 +118,8 @@ def new_record(
     sent_at: str,
     outcome: str = "",
     remote_id: str = "",
+    recipients: Sequence[RecipientOutcome] = (),
+    caller: str = "",
 ) -> bytes:
     """The record of a mail that was just handed over, as JSON."""
     record: dict[str, Any] = {
@@ -124,21 +137,55 @@ def new_record(
         record["outcome"] = outcome
     if remote_id:
         record["remote_id"] = remote_id
+    if recipients:
+        record["recipients"] = [each._asdict() for each in recipients]
+    if caller:
+        record["caller"] = _cut(caller)
     return orjson.dumps(record)
 
 
-def settled_record(record: Mapping[str, Any], *, outcome: str, remote_id: str) -> bytes:
+def settled_record(
+    record: Mapping[str, Any], *, outcome: str, remote_id: str, recipients: Sequence[RecipientOutcome] = ()
+) -> bytes:
     """The record of a mail that was in doubt, now that the smarthost has spoken; the same again changes nothing.
+
+    Or of a mail that another attempt has brought to more of its ``recipients``.
 
     ``outcome`` is '' when the mail was relayed after all, else ``failed`` or ``deferred``: it was not sent. Where an
     event has told of the mail it was, whatever was said.
     """
+    if outcome == IN_DOUBT:  # knows less than whatever is known
+        outcome = str(record.get("outcome", ""))
+    before = record.get("recipients")
     settled = {name: value for name, value in record.items() if name != "outcome"}
+    if recipients and isinstance(before, list) and len(before) == len(recipients):
+        merged = [_later(old, new._asdict()) for old, new in zip(before, recipients, strict=True)]
+        settled["recipients"] = merged
+        outcome = _as_a_whole([str(each["outcome"]) for each in merged])
+        recipients = ()
     if outcome and "first" not in record:
         settled["outcome"] = outcome
     if remote_id:
         settled["remote_id"] = remote_id
+    if recipients:
+        settled["recipients"] = [each._asdict() for each in recipients]
     return orjson.dumps(settled)
+
+
+IN_DOUBT = "in_doubt"
+_FINAL = ("relayed", "failed")
+_AS_A_WHOLE = ("relayed", IN_DOUBT, "failed", "deferred")
+"""Of several outcomes the first of these is that of the mail."""
+
+
+def _later(old: object, new: dict[str, Any]) -> dict[str, Any]:
+    """What is known of one recipient: what was final stays, and an outcome of '' says nothing new."""
+    return old if isinstance(old, dict) and (old.get("outcome") in _FINAL or not new["outcome"]) else new
+
+
+def _as_a_whole(outcomes: list[str]) -> str:
+    found = next((state for state in _AS_A_WHOLE if state in outcomes), "")
+    return "" if found == "relayed" else found
 
 
 def parse_record(value: bytes) -> dict[str, Any] | None:

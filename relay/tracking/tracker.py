@@ -16,13 +16,13 @@ import gevent
 from relay import contract
 from relay.bus.client import Publication
 from relay.bus.jetstream import ONE_MESSAGES_OWN, JetStream
-from relay.bus.kv import Bucket
+from relay.bus.kv import Bucket, Entry
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
 from relay.tracking.facts import Fact
 from relay.tracking.folding import stated_by
 from relay.tracking.groups import mail_token
 from relay.tracking.log import fact_publication
-from relay.tracking.record import new_record, parse_record, rfc3339, settled_record
+from relay.tracking.record import RecipientOutcome, new_record, parse_record, rfc3339, settled_record
 from relay.tracking.storage import StorageConfig, wait_for_storage, why_unusable
 
 log = logging.getLogger("relay.tracking")
@@ -48,6 +48,12 @@ class HandedOver(NamedTuple):
     """'' when it was relayed, else what became of it instead."""
     remote_id: str = ""
     """The smarthost's id, '' when there is none."""
+    recipients: tuple[RecipientOutcome, ...] = ()
+    """Of a mail to several: what became of each."""
+    caller: str = ""
+    """Who asked for it, where NATS vouches for that."""
+    unheard: tuple[int, ...] = ()
+    """Places in ``recipients`` of whom nothing new is said: only a record that is missing is made of them."""
 
 
 class Tracker:
@@ -101,33 +107,48 @@ class Tracker:
     def settle(self, mail: HandedOver) -> None:
         """Writes into the record what became of a mail noted in doubt, and its ``sent`` fact when it was relayed.
 
-        Where the record is missing, since tracking was off or is slower than the smarthost, it is made. Never raises,
-        and tries for a minute: nobody waits for this.
+        Or what became of a mail that was noted before it had reached all its recipients. Where the record is missing,
+        since tracking was off or is slower than the smarthost, it is made. Never raises, and tries for a minute: nobody
+        waits for this.
         """
         record, facts = _record_and_facts(mail)
+        has_read = False
         problem = ""
         for pause_seconds in SETTLE_PAUSES_SECONDS:
             gevent.sleep(pause_seconds)
-            problem = self.off_reason or self._try_to_settle(mail, record, facts)
+            if self.off_reason:
+                problem = self.off_reason
+                continue
+            try:
+                entry = self._bucket.get_from_leader(mail.email_id)
+            except (BusUnavailable, BusRefused) as error:
+                problem = str(error)
+                continue
+            problem = self._try_to_settle(mail, entry, record, facts, is_first=not has_read)
+            has_read = True
             if not problem:
                 return
         self.unsettled += 1
         log.warning("the record of a mail in doubt is not settled: %s", problem, extra={"email_id": mail.email_id})
 
-    def _try_to_settle(self, mail: HandedOver, record: bytes, facts: list[Publication]) -> str:
-        """One read and compare-and-set; what went wrong, '' when it is done. Again is harmless."""
-        try:
-            entry = self._bucket.get_from_leader(mail.email_id)
-        except (BusUnavailable, BusRefused) as error:
-            return str(error)
+    def _try_to_settle(
+        self, mail: HandedOver, entry: Entry | None, record: bytes, facts: list[Publication], *, is_first: bool
+    ) -> str:
+        """One compare-and-set; what went wrong, '' when it is done. Again is harmless."""
         if entry is None:
             change = self._bucket.creation(mail.email_id, record)
         elif (noted := parse_record(entry.value)) is None:
             return "its record is broken"
         else:
-            if stated_by(noted, Fact.SENT):  # by an event, perhaps longer ago than the log remembers
-                facts = []
-            value = settled_record(noted, outcome=mail.outcome, remote_id=mail.remote_id)
+            # By an event, or with the record itself: perhaps longer ago than the log remembers. What a record says that
+            # was read later may be our own, whose fact did not arrive.
+            if stated_by(noted, Fact.SENT) or (is_first and not noted.get("outcome")):
+                facts.clear()
+            news = [
+                each._replace(outcome="") if place in mail.unheard else each
+                for place, each in enumerate(mail.recipients)
+            ]
+            value = settled_record(noted, outcome=mail.outcome, remote_id=mail.remote_id, recipients=news)
             change = self._bucket.replacement(mail.email_id, value, entry.revision)
         answers = self._jetstream.store([*facts, change], self._ack_seconds)
         return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
@@ -178,6 +199,8 @@ def _record_and_facts(mail: HandedOver) -> tuple[bytes, list[Publication]]:
         sent_at=sent_at,
         outcome=mail.outcome,
         remote_id=mail.remote_id,
+        recipients=mail.recipients,
+        caller=mail.caller,
     )
     if mail.outcome:
         return record, []

@@ -22,10 +22,16 @@ from typing import Any
 
 from rich.console import Console
 
-from scripts.drills import engagement, overload, ses, tracking
+from scripts.drills import engagement, idempotency, overload, ses, tracking
 from scripts.drills.frame import Drill, Findings, Stage
 
-DRILLS: tuple[Drill, ...] = (*ses.DRILLS, *tracking.DRILLS, *engagement.DRILLS, *overload.DRILLS)
+DRILLS: tuple[Drill, ...] = (
+    *ses.DRILLS,
+    *tracking.DRILLS,
+    *idempotency.DRILLS,
+    *engagement.DRILLS,
+    *overload.DRILLS,
+)
 WRITTEN = Path(__file__).parents[2] / "var" / "drills.json"
 
 console = Console(highlight=False, emoji=False, soft_wrap=True)

@@ -6,6 +6,7 @@ import socket
 import threading
 
 import gevent
+import pytest
 
 from relay.bus.client import Bus
 from relay.bus.service import LARGE_BYTES, Handler, Service
@@ -34,7 +35,7 @@ def seen_at_each(bus: Bus, port: int, size_bytes: int) -> list[int]:
     gate = Admission(limit=1000, limit_bytes=1_000_000_000, busy_above=1000)
     seen: list[int] = []
 
-    def answer(_payload: bytes, _deadline: float) -> bytes:
+    def answer(*_: object) -> bytes:
         if not seen:  # this process is not patched: nothing else runs in it meanwhile
             publish_all(port, REQUESTS, size_bytes)
         seen.append(service.in_hand + service.answered)
@@ -65,5 +66,10 @@ def test_the_bus_is_read_before_a_large_request_is_begun(bus: Bus, nats_server: 
     assert seen[REQUESTS // 5] > REQUESTS * 3 / 4
 
 
-def test_small_requests_are_begun_without_ado(bus: Bus, nats_server: NatsServer) -> None:
+def test_small_requests_are_begun_without_ado(
+    bus: Bus, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked_to_read: list[float] = []
+    monkeypatch.setattr(bus, "let_read", asked_to_read.append)
     assert len(seen_at_each(bus, nats_server.port, LARGE_BYTES - 1)) == REQUESTS + 1
+    assert not asked_to_read

@@ -19,7 +19,7 @@ from tests.support.bus_caller import publish_with_reply_to, replies_to
 @pytest.fixture
 def micro(bus: Bus) -> MicroService:
     """A started micro service with one endpoint."""
-    handler = Handler(lambda payload, _: payload, b"overloaded", b"broken", b"too large")
+    handler = Handler(lambda msg, *_: msg.payload, b"overloaded", b"broken", b"too large")
     service = Service(
         bus,
         nats_subject="lfx.email-service.micro_test",

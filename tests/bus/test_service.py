@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import gevent
 import pytest
@@ -15,8 +16,13 @@ from tests.support.bus_caller import publish_with_reply_to
 NATS_SUBJECT = "service.under.test"
 
 
-def shout(payload: bytes, _deadline: float) -> bytes:
+def shout(msg: Msg, _deadline: float, step_aside: Callable[[Msg], None]) -> bytes:
     """Answers in capitals; has a bug, a slow and a talkative side."""
+    payload = msg.payload
+    if payload == b"aside":
+        step_aside(msg)
+        step_aside(msg)
+        gevent.sleep(0.8)
     if payload == b"bug":
         raise RuntimeError("a bug")
     if payload == b"slow":
@@ -38,6 +44,23 @@ def service(bus: Bus) -> Service:
     )
     made.start()
     return made
+
+
+def test_who_steps_aside_gives_up_its_place_and_is_answered_all_the_same(bus: Bus, service: Service) -> None:
+    inbox = f"_INBOX.{NATS_SUBJECT}.aside"
+    seen = replies_on(bus, f"{inbox}.*")
+    with gevent.Timeout(5):
+        for number in range(8):  # twice as many as there are places
+            bus.publish(Publication(NATS_SUBJECT, b"aside"), f"{inbox}.{number}")
+            while service.in_hand <= number:
+                gevent.sleep(0.01)
+    assert service._gate.backlog == 0
+    bus.publish(Publication(NATS_SUBJECT, b"hello"), f"{inbox}.8")
+    with gevent.Timeout(5):
+        while len(seen) < 9:
+            gevent.sleep(0.01)
+    assert [msg.payload for msg in seen] == [b"HELLO", *[b"ASIDE"] * 8]
+    assert (service._gate.backlog, service.refused, service.in_hand) == (0, 0, 0)
 
 
 def replies_on(bus: Bus, nats_subject: str) -> list[Msg]:

@@ -75,6 +75,22 @@ def test_an_only_host_is_the_circuits_matter() -> None:
     assert "does not use" not in shown(hosts=[{"host": "a.example.com:587", "set_aside": "timed out"}])
 
 
+@pytest.mark.parametrize(
+    ("request_ids", "line"),
+    [
+        ({}, "Dedup    unknown: no worker answers"),
+        ({"request_ids": {"off_reason": ""}}, "Dedup    on"),
+        ({"request_ids": {"off_reason": "no bucket"}}, "Dedup    failed: no bucket"),
+    ],
+)
+def test_whether_request_ids_are_taken_has_a_line(request_ids: dict[str, Any], line: str) -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        fleet = Fleet("", "2.15.1", {"send-1": request_ids}, 0)
+        console.print(render(Snapshot(Path("/srv/relay/var"), {}, [], fleet)))
+    assert f"\n{line}\n" in capture.get()
+
+
 def events_line(figures: dict[str, Any] | None, lacking: dict[str, str]) -> str:
     """The line about events of a relay with an engagement worker."""
     report = Report(1, Stage.READY, "", False, 0, lacking, {})

@@ -53,7 +53,7 @@ def test_all_is_well(check: Check) -> None:
     with ScriptedSmtp() as smtp:
         found = check(SMTP_PORT=smtp.port)
     assert all(finding.ok for finding in found.values()), found
-    assert list(found) == ["settings", "state directory", "port", "NATS", "JetStream", "SMTP"]
+    assert list(found) == ["settings", "state directory", "port", "NATS", "JetStream", "request ids", "SMTP"]
 
 
 def test_a_smarthost_that_is_not_there(check: Check) -> None:
@@ -125,6 +125,17 @@ def test_no_permission_for_jetstream(check: Check, new_nats_server: Callable[...
     finding = check(NATS_URL=server.url.replace("//", "//w:w@"))["JetStream"]
     assert (finding.ok, finding.is_warning) == (False, True)
     assert "mail will go out untracked" in finding.detail
+
+
+def test_no_bucket_for_request_ids(check: Check, new_nats_server: Callable[..., NatsServer]) -> None:
+    user = 'user: "w", password: "w", permissions: { publish: { deny: ["$JS.API.STREAM.CREATE.KV_email-requests"] } }'
+    server = new_nats_server(config=f"authorization {{ users: [{{ {user} }}] }}")
+    found = check(NATS_URL=server.url.replace("//", "//w:w@"))
+    assert found["JetStream"].ok
+    finding = found["request ids"]
+    assert (finding.ok, finding.is_warning) == (False, True)
+    assert finding.detail.startswith("mail with a request_id will be deferred: ")
+    assert "$JS.API.STREAM.CREATE.KV_email-requests" in finding.detail
 
 
 def test_a_taken_port(check: Check) -> None:

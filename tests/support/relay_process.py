@@ -32,6 +32,8 @@ OURS = (
     "BACKLOG_",
     "ENGAGEMENT_",
     "AWS_",
+    "OBJECT_STORE_",
+    "REQUEST_ID_",
 )
 
 

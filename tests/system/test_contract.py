@@ -124,7 +124,13 @@ REFUSED = [
     (b'"text"', contract.INVALID_REQUEST_PAYLOAD),
     (b"\xff\xfe", contract.INVALID_REQUEST_PAYLOAD),
     (MAIL | {"to": 1}, contract.INVALID_REQUEST_PAYLOAD),
+    (MAIL | {"to": {}}, contract.INVALID_REQUEST_PAYLOAD),
     (MAIL | {"html": ["<p>"]}, contract.INVALID_REQUEST_PAYLOAD),
+    (MAIL | {"subject": ["Hello"]}, contract.INVALID_REQUEST_PAYLOAD),
+    # With lfx any list was an invalid payload; here `to` may be one, and then these are what is wrong with it.
+    (MAIL | {"to": []}, contract.REQUIRED_FIELDS_MISSING),
+    (MAIL | {"to": ["no address"]}, contract.INVALID_REQUEST_PAYLOAD),
+    (MAIL | {"to": ["user@example.com", 1]}, contract.INVALID_REQUEST_PAYLOAD),
     (b"null", contract.REQUIRED_FIELDS_MISSING),
     ({}, contract.REQUIRED_FIELDS_MISSING),
     (MAIL | {"to": ""}, contract.REQUIRED_FIELDS_MISSING),
@@ -149,6 +155,12 @@ def test_what_is_refused(relay: RelayProcess, smtp: CatchingServer, request_: An
     assert reply["outcome"] == ("failed" if error == contract.DELIVERY_FAILED else "refused")
     assert len(smtp.mails()) == mails_before, "nothing is sent"
     assert stored(relay.nats_url) == stored_before, "nothing is recorded"
+
+
+def test_a_list_of_recipients_is_taken_where_lfx_refused_it(relay: RelayProcess, smtp: CatchingServer) -> None:
+    reply = send(relay.nats_url, to=["user@example.com"])
+    assert set(reply) == {"email_id", "group_id", "message_id_header", "remote_id"}, "as for a string"
+    assert smtp.mails()[-1].forward_paths == ["user@example.com"]
 
 
 QUESTIONS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email
+import email.policy
 import json
 import os
 import shutil
@@ -10,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,54 @@ def test_track(relay: RelayProcess, email_id: str) -> None:
     assert relay.relayctl("track").returncode == 2
 
 
+def test_send_with_options(relay: RelayProcess, tmp_path: Path) -> None:
+    (tmp_path / "Grüße.txt").write_text("Hallo.")
+    command = ["send", "--to", "ann@example.com", "--to", "bob@example.com", "--cc", "carol@example.com"]
+    command += ["--bcc", "dan@example.com", "--subject", "Several", "--text", "It works.", "--header", "X-A: b: c"]
+    command += ["--attach", str(tmp_path / "Grüße.txt"), "--request-id", "cli-1"]
+    reply = shown_json(relay, *command)
+    assert [each["address"] for each in reply["recipients"]] == [
+        "ann@example.com",
+        "bob@example.com",
+        "carol@example.com",
+        "dan@example.com",
+    ]
+    # Again under its id: the same reply, and no second mail
+    assert shown_json(relay, *command) == reply | {"duplicate": True}
+    assert "dan@example.com relayed 250" in shown(relay, *command)
+    caught = [each for each in shown_json(relay, "inbox") if each["subject"] == "Several"]
+    (number,) = (each["number"] for each in caught)
+    mail = email.message_from_string(shown(relay, "inbox", str(number), "--raw"), policy=email.policy.default)
+    assert isinstance(mail, EmailMessage)
+    assert (mail["To"], mail["Cc"], mail["X-A"]) == ("ann@example.com, bob@example.com", "carol@example.com", "b: c")
+    (attached,) = mail.iter_attachments()
+    assert (attached.get_filename(), attached.get_content_type()) == ("Grüße.txt", "text/plain")
+    assert attached.get_content() == "Hallo."
+    assert "bob@example.com relayed 250" in shown(relay, "track", reply["email_id"])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--attach", "/no/such/file"), 1, "cannot read /no/such/file: No such file or directory"),
+        (("--header", "X-A"), 2, "'X-A' is not 'NAME: VALUE'"),
+        (("--header", "Sender: a@example.com"), 1, "headers.Sender is never taken from callers"),
+        (("--request-id", "ü"), 1, "request_id must be 1 to 128 printable ASCII characters"),
+    ],
+)
+def test_send_with_what_is_none(relay: RelayProcess, options: tuple[str, ...], code: int, said: str) -> None:
+    done = relay.relayctl(*SEND, *options)
+    assert done.returncode == code
+    assert said in done.stdout + done.stderr
+
+
+def test_an_attachment_too_large_for_a_message_of_nats(relay: RelayProcess, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"x" * 1_000_000)
+    done = relay.relayctl(*SEND, "--attach", str(tmp_path / "large"))
+    assert done.returncode == 1
+    assert "exceeds the server's max_payload" in done.stderr
+
+
 def test_analytics(relay: RelayProcess, email_id: str) -> None:
     del email_id
     assert "100.0%" in shown(relay, "analytics", "newcomer")
@@ -96,6 +147,7 @@ SCHEMA: dict[str, Any] = {
     "state_dir": str,
     "nats": {"url": str, "connected": bool, "problem": str, "server_version": str},
     "tracking": {"on": (bool, type(None)), "problem": str},
+    "request_ids": {"on": (bool, type(None)), "problem": str},
     "smtp": {"smarthost": str, "ok": (bool, type(None)), "problem": str},
     "events": {"on": (bool, type(None)), "problem": str},
     "programs": [
@@ -135,6 +187,11 @@ SEND_FIGURES: dict[str, Any] = {
     },
     "circuit": {"state": str, "reason": str},
     "tracking": {"off_reason": str, "tracked": int, "lost": int, "unsettled": int},
+    "request_ids": {
+        "off_reason": str,
+        **dict.fromkeys(("claimed", "taken_over", "repeated", "payload_differs", "in_progress", "unavailable"), int),
+        **dict.fromkeys(("overloaded", "uncommitted", "unsettled", "lost", "waiting", "to_store"), int),
+    },
 }
 
 
@@ -186,6 +243,7 @@ def test_the_json_of_status_is_as_documented(relay: RelayProcess, email_id: str)
     check_schema(status, SCHEMA)
     assert status["ready"]
     assert status["totals"]["relayed"] >= 1
+    assert status["request_ids"] == {"on": True, "problem": ""}
     figures = {each["name"]: each["figures"] for each in status["programs"]}
     check_schema(figures["send-1"], SEND_FIGURES)
     assert figures["nats"] is None
@@ -199,14 +257,14 @@ def test_the_json_of_status_is_as_documented(relay: RelayProcess, email_id: str)
 def test_status_as_text(relay: RelayProcess, email_id: str) -> None:
     del email_id
     text = shown(relay, "status")
-    for word in ("PROGRAM", "POOL", "send-2", "NATS", "Tracking", "SMTP", "Health"):
+    for word in ("PROGRAM", "POOL", "send-2", "NATS", "Tracking", "Dedup", "SMTP", "Health"):
         assert word in text
 
 
 def test_check_asks_about_the_relay_that_runs_here(relay: RelayProcess) -> None:
     settings = {name: relay.settings.pop(name) for name in ("SMTP_HOST", "SMTP_PORT", "EMAIL_ENABLED", "PORT")}
     try:
-        assert shown(relay, "check").count("ok ") == 6
+        assert shown(relay, "check").count("ok ") == 7
         assert all(finding["ok"] for finding in shown_json(relay, "check"))
     finally:
         relay.settings.update(settings)

@@ -20,10 +20,12 @@ from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
+from relay.idempotency.claims import Claims, ClaimsConfig
 from relay.tracking.export import COLUMNS
 from relay.tracking.facts import Fact
 from relay.tracking.groups import group_token
 from relay.tracking.log import Log, fact_publication
+from relay.tracking.record import rfc3339
 from relay.tracking.storage import StorageConfig, ensure_storage, patiently
 from tests.support.groups import SENT_AT, put_records, record_of, send_mails, store
 from tests.support.nats_server import NatsServer, free_port
@@ -149,12 +151,18 @@ def test_buckets(place: Place) -> None:
     assert told["loses_data"] is False
     assert told["remarks"] == []
     by_name = {store["name"]: store for store in told["stores"]}
-    assert list(by_name) == [contract.RECIPIENTS_BUCKET, contract.LOG_STREAM, contract.GROUP_INDEX_BUCKET]
+    assert list(by_name) == [
+        contract.RECIPIENTS_BUCKET,
+        contract.LOG_STREAM,
+        contract.GROUP_INDEX_BUCKET,
+        contract.REQUESTS_BUCKET,
+        contract.PARKED_STREAM,
+    ]
     log = by_name[contract.LOG_STREAM]
     assert (log["messages"], log["replicas"], log["storage"], log["ttl_seconds"]) == (3, 1, "file", 0)
     assert log["allow_direct"] is True
     assert log["made_by"].startswith("Relay ")
-    assert by_name[contract.GROUP_INDEX_BUCKET]["exists"] is False
+    assert [store["exists"] for store in told["stores"]] == [True, True, False, False, False]
     documented = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
     for field in log:
         assert f"`stores[].{field}`" in documented, field
@@ -598,6 +606,24 @@ def test_erase(place: Place) -> None:
     entry = bucket.get(other)
     assert entry is not None
     assert orjson.loads(entry.value)["to"] == "user@example.com"
+
+
+def test_erase_says_where_a_reply_may_still_name_recipients(place: Place) -> None:
+    claims = Claims(place.jetstream, ClaimsConfig(), "test")
+    claims.start()
+    bucket = Bucket(place.jetstream, contract.RECIPIENTS_BUCKET)
+    now, (old, new) = time.time(), send_mails(place.jetstream, "spring", 2)
+    for email_id, age_seconds in ((old, 25 * 3600), (new, 3600)):
+        entry = bucket.get(email_id)
+        assert entry is not None
+        bucket.put(email_id, orjson.dumps(orjson.loads(entry.value) | {"sent_at": rfc3339(now - age_seconds)}))
+    # One whose reply must be gone by now, and one whose reply may be there
+    assert place.operator.run("erase", old, "--yes").stderr == ""
+    done = place.operator.run("erase", new, "--yes")
+    assert (done.returncode, done.stdout) == (0, "erased: to, subject\n")
+    assert done.stderr.startswith(
+        f"relayctl: until {rfc3339(now + 23 * 3600)} the bucket {contract.REQUESTS_BUCKET} may keep the reply"
+    )
 
 
 def put_history(jetstream: JetStream, email_id: str, **config: bool) -> str:

@@ -11,7 +11,8 @@ import pytest
 from relay import contract
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
-from relay.tracking.inspection import FACTS, RECORDS, Condition, covers, duration, inspect
+from relay.idempotency.claims import Claims, ClaimsConfig
+from relay.tracking.inspection import FACTS, RECORDS, REQUESTS, Condition, covers, duration, inspect
 from relay.tracking.storage import StorageConfig, ensure_storage
 from tests.conftest import require
 from tests.support.groups import make_index_bucket, send_mails
@@ -35,6 +36,9 @@ def own(own_server: NatsServer, new_bus: Callable[[str], Bus]) -> Iterator[JetSt
     """JetStream with freshly made streams."""
     jetstream = JetStream(new_bus(own_server.url))
     assert ensure_storage(jetstream, StorageConfig()) == ""
+    claims = Claims(jetstream, ClaimsConfig(), "test")
+    claims.start()
+    assert claims.off_reason == ""
     yield jetstream
     for name in jetstream.api("STREAM.NAMES").get("streams") or []:
         jetstream.api(f"STREAM.DELETE.{name}")
@@ -73,6 +77,9 @@ CASES = [
     (FACTS, {"storage": "memory"}, True, "kept in memory"),
     (FACTS, {"deny_delete": True}, False, "forbids deletion"),
     (FACTS, {"subjects": [f"{contract.LOG_PREFIX}.*.sent"]}, True, "does not take all of"),
+    (REQUESTS, {"storage": "memory"}, True, "request ids are forgotten"),
+    (REQUESTS, {"max_bytes": 1_000_000, "discard": "old"}, True, "forgets the oldest request ids"),
+    (REQUESTS, {"max_msg_size": 1024}, False, "takes claims of 1,024 bytes"),
 ]
 
 
@@ -116,6 +123,7 @@ FLAGS: dict[str, Callable[[str], dict[str, Any]]] = {
     "--max-age": lambda value: {"max_age": int(value[:-1]) * (DAY if value.endswith("d") else SECOND)},
     "--retention": lambda value: {"retention": value},
     "--subjects": lambda value: {"subjects": [value]},
+    "--discard": lambda value: {"discard": value},
 }
 """What ``nats stream edit`` makes of its flags: natscli, ``copyAndEditStream``."""
 
@@ -135,10 +143,11 @@ def test_what_relay_makes_lacks_nothing(own: JetStream) -> None:
     send_mails(own, "fine", 3)
     condition = inspect(own, StorageConfig())
     assert condition.remarks == []
-    records, facts, index = condition.stores
+    records, facts, index, requests, parked = condition.stores
     assert (records.messages, facts.messages) == (3, 3)
     assert records.made_by.startswith("Relay ")
-    assert index.config is None
+    assert requests.ttl_seconds == 24 * 3600
+    assert (index.config, parked.config) == (None, None)
 
 
 def test_what_is_missing_is_no_loss(own: JetStream) -> None:
@@ -152,14 +161,18 @@ def test_lfx_charts_buckets_are_recognised(own: JetStream) -> None:
     make_index_bucket(own)
     remake(own, RECORDS, {"max_msg_size": 65_536, "allow_direct": False})
     condition = inspect(own, StorageConfig())
-    assert [store.made_by for store in condition.stores][::2] == ["lfx's chart, it seems"] * 2
+    assert [store.made_by for store in condition.stores[:3]][::2] == ["lfx's chart, it seems"] * 2
     assert not condition.loses
 
 
 def test_too_few_replicas_and_memory_that_was_asked_for(own: JetStream) -> None:
     remake(own, FACTS, {"storage": "memory"})
     condition = inspect(own, StorageConfig(replicas=3, storage="memory"))
-    assert said(condition) == [(contract.RECIPIENTS_BUCKET, False), (contract.LOG_STREAM, False)]
+    assert said(condition) == [
+        (contract.RECIPIENTS_BUCKET, False),
+        (contract.LOG_STREAM, False),
+        (contract.REQUESTS_BUCKET, False),
+    ]
     assert condition.remarks[0].command == f"nats stream edit {RECORDS} --replicas=3 --force"
 
 

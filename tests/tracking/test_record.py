@@ -16,6 +16,7 @@ from relay.submission.request import MAX_GROUP_ID_BYTES
 from relay.tracking.record import (
     DEEPEST,
     MAX_TEXT_BYTES,
+    RecipientOutcome,
     abridged_record,
     earliest,
     is_email_id,
@@ -215,6 +216,42 @@ def test_the_latest_event_of_a_record() -> None:
     assert value is not None
     assert last_event_at(value) == "2025-01-15T14:22:10Z"
     assert last_event_at(record()) == ""
+
+
+def recipients(*outcomes: str) -> list[RecipientOutcome]:
+    """One for each."""
+    return [RecipientOutcome(f"r{number}@example.com", outcome, None, "") for number, outcome in enumerate(outcomes)]
+
+
+MERGED = [
+    (["in_doubt", "deferred"], ["relayed", "deferred"], ["relayed", "deferred"], ""),
+    (["relayed", "deferred"], ["in_doubt", "relayed"], ["relayed", "relayed"], ""),
+    (["relayed", "deferred"], ["deferred", "failed"], ["relayed", "failed"], ""),
+    (["in_doubt", "relayed"], ["deferred", ""], ["deferred", "relayed"], ""),
+    (["in_doubt", "deferred"], ["deferred", ""], ["deferred", "deferred"], "deferred"),
+    (["in_doubt", "failed"], ["failed", "deferred"], ["failed", "failed"], "failed"),
+    (["in_doubt", "in_doubt"], ["failed", ""], ["failed", "in_doubt"], "in_doubt"),
+]
+
+
+@pytest.mark.parametrize(("before", "later", "expected", "outcome"), MERGED)
+def test_what_was_final_of_a_recipient_stays(
+    before: list[str], later: list[str], expected: list[str], outcome: str
+) -> None:
+    noted = record(outcome="" if "relayed" in before else before[0], recipients=recipients(*before))
+    said = "" if "relayed" in later else later[0]
+    for _ in range(2):  # the same again changes nothing
+        noted = orjson.loads(settled_record(noted, outcome=said, remote_id="", recipients=recipients(*later)))
+        assert [each["outcome"] for each in noted["recipients"]] == expected
+        assert [each["address"] for each in noted["recipients"]] == ["r0@example.com", "r1@example.com"]
+        assert noted.get("outcome", "") == outcome
+
+
+def test_recipients_come_into_a_record_that_has_none() -> None:
+    noted = record(outcome="in_doubt")
+    settled = orjson.loads(settled_record(noted, outcome="", remote_id="", recipients=recipients("relayed", "failed")))
+    assert [each["outcome"] for each in settled["recipients"]] == ["relayed", "failed"]
+    assert "outcome" not in settled
 
 
 @pytest.mark.parametrize("room_bytes", [100, 300, 1000, 60_000])

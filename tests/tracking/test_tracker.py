@@ -7,6 +7,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 import gevent
 import orjson
@@ -14,12 +15,15 @@ import pytest
 from gevent.server import StreamServer
 
 from relay import contract
-from relay.bus.client import Bus
+from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
+from relay.errors import BusUnavailable
 from relay.tracking.log import Log
+from relay.tracking.record import RecipientOutcome
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import FAILURES_TO_SUSPEND, HandedOver, Tracker
+from tests.bus.freezing import freeze
 from tests.support.groups import put_records, record_of
 from tests.support.nats_server import NatsServer
 
@@ -121,6 +125,96 @@ def test_settling_keeps_what_an_event_has_written_meanwhile(jetstream: JetStream
     assert (record["delivered"], record["outcome"]) == (True, "failed")
 
 
+RELAYED = RecipientOutcome("ann@example.com", "relayed", 250, "2.0.0")
+DOUBTED = RecipientOutcome("bob@example.com", "in_doubt", None, "")
+
+
+def several(email_id: str, group_id: str, *recipients: RecipientOutcome, outcome: str = "") -> HandedOver:
+    """A mail to several."""
+    return HandedOver(email_id, group_id, "ann@example.com", "Hello", time.time(), outcome, "", recipients)
+
+
+def recipients_of(jetstream: JetStream, email_id: str) -> tuple[list[str], str]:
+    """What its record says of each, and of the mail."""
+    entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get(email_id)
+    assert entry is not None
+    record = orjson.loads(entry.value)
+    return [each["outcome"] for each in record["recipients"]], record.get("outcome", "")
+
+
+class Publishing:
+    """Watches what is published, also what the log knows already; may lose the next ``sent`` fact on its way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sent = 0
+        self.loses_the_next = False
+        store = JetStream.store
+
+        def watched(
+            jetstream: JetStream, publications: list[Publication], timeout_seconds: float | None = None
+        ) -> list[Any]:
+            facts = [each for each in publications if each.nats_subject.endswith(".sent")]
+            if facts and self.loses_the_next:
+                self.loses_the_next = False
+                others = [each for each in publications if each not in facts]
+                return [BusUnavailable("no answer"), *store(jetstream, others, timeout_seconds)]
+            self.sent += len(facts)
+            return store(jetstream, publications, timeout_seconds)
+
+        monkeypatch.setattr(JetStream, "store", watched)
+
+
+def test_a_mail_that_was_relayed_to_one_is_not_counted_again_for_another(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing = Publishing(monkeypatch)
+    tracker = new_tracker(jetstream)
+    email_id = str(uuid.uuid4())
+    tracker.note(several(email_id, "tracker-once", RELAYED, DOUBTED))
+    assert publishing.sent == 1
+    for _ in range(2):  # however long ago the log heard of it
+        tracker.settle(several(email_id, "tracker-once", RELAYED, DOUBTED._replace(outcome="relayed")))
+    assert recipients_of(jetstream, email_id) == (["relayed", "relayed"], "")
+    assert publishing.sent == 1
+    assert tracker.unsettled == 0
+
+
+def test_a_fact_that_was_lost_is_told_although_the_record_says_it_already(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing = Publishing(monkeypatch)
+    tracker = new_tracker(jetstream)
+    email_id = note(tracker, group_id="tracker-told", outcome="in_doubt")
+    publishing.loses_the_next = True
+    settle(tracker, email_id, group_id="tracker-told")
+    assert publishing.sent == 1
+    assert Log(jetstream).counts("tracker-told") == {"sent": 1}
+    assert tracker.unsettled == 0
+
+
+def test_a_late_no_for_one_leaves_the_mail_relayed_to_another(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = str(uuid.uuid4())
+    tracker.note(several(email_id, "tracker-late", DOUBTED, RELAYED))
+    late = DOUBTED._replace(outcome="deferred", reply_code=451)
+    tracker.settle(several(email_id, "tracker-late", late, RELAYED, outcome="deferred"))
+    assert recipients_of(jetstream, email_id) == (["deferred", "relayed"], "")
+
+
+def test_of_whom_nothing_new_is_said_the_record_knows_best(jetstream: JetStream) -> None:
+    tracker = new_tracker(jetstream)
+    email_id = str(uuid.uuid4())
+    late = RELAYED._replace(outcome="deferred", reply_code=451)
+    unheard = DOUBTED._replace(outcome="deferred", reply_code=450)
+    news = several(email_id, "tracker-unheard", late, unheard, outcome="deferred")._replace(unheard=(1,))
+    tracker.settle(news)
+    assert recipients_of(jetstream, email_id) == (["deferred", "deferred"], "deferred"), "it is all there is"
+    email_id = str(uuid.uuid4())
+    tracker.note(several(email_id, "tracker-unheard", DOUBTED, DOUBTED, outcome="in_doubt"))
+    tracker.settle(news._replace(email_id=email_id))
+    assert recipients_of(jetstream, email_id) == (["deferred", "in_doubt"], "in_doubt")
+
+
 def test_mails_without_a_group_share_a_subject(jetstream: JetStream) -> None:
     tracker = new_tracker(jetstream)
     before = Log(jetstream).counts("-").get("sent", 0)
@@ -146,8 +240,7 @@ def test_a_frozen_jetstream_is_given_up_and_comes_back(
         while tracker.off_reason:  # on a busy machine the first try may take longer than this short limit
             gevent.sleep(0.05)
     note(tracker)
-    assert server.process is not None
-    os.kill(server.process.pid, signal.SIGSTOP)
+    pid = freeze(server)
     try:
         # When JetStream answers no more, each mail costs the deadline …
         for _ in range(FAILURES_TO_SUSPEND):
@@ -161,7 +254,7 @@ def test_a_frozen_jetstream_is_given_up_and_comes_back(
         assert time.monotonic() - begun < ACK_SECONDS / 2
         assert tracker.lost == FAILURES_TO_SUSPEND + 1
     finally:
-        os.kill(server.process.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
     # Then it comes back by itself
     with gevent.Timeout(10):
         while tracker.off_reason:
