@@ -73,12 +73,14 @@ def _show_open_loop(measured: dict[str, Any], console: Console) -> None:
         return
     table = Table(title=f"Open loop, time counted from when a request was due; peak {measured['peak']:,.0f} mails/s")
     table.add_column("row")
-    for heading in ("mails/s", "p50 ms", "p90", "p99", "p99.9", "most", "left late, p99 ms"):
+    for heading in ("mails/s", "refused", "p50 ms", "p90", "p99", "p99.9", "most", "left late, p99 ms"):
         table.add_column(heading, justify="right")
     for row in rows:
         figures = row["median"]
         names = ("p50_ms", "p90_ms", "p99_ms", "p999_ms", "max_ms", "late_p99_ms")
-        table.add_row(row["name"], f"{figures['rate']:,.0f}", *(f"{figures[name]:.2f}" for name in names))
+        refused = 1 - figures["relayed"] / figures["requests"]
+        told = (f"{figures[name]:.2f}" for name in names)
+        table.add_row(row["name"], f"{figures['rate']:,.0f}", f"{refused:.1%}", *told)
     console.print(table)
 
 

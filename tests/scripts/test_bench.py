@@ -191,6 +191,16 @@ def test_a_run_counts_only_when_everything_was_sent_and_tracked(
     assert len(bench_module("run").faults_of("a row", figures, at_sink, stored)) == faults
 
 
+@pytest.mark.parametrize(
+    ("errors", "relayed", "faults"), [({"overloaded": 1}, 9, 0), ({"timed out": 1}, 9, 1), ({"overloaded": 1}, 8, 1)]
+)
+def test_in_an_open_loop_some_may_be_refused(
+    bench_module: Callable[[str], ModuleType], errors: dict[str, int], relayed: int, faults: int
+) -> None:
+    figures = {"requests": 10, "relayed": relayed, "errors": errors}
+    assert len(bench_module("run").faults_of("a row", figures, relayed, {}, may_refuse=True)) == faults
+
+
 def test_a_run_counts_every_mail_and_says_what_is_missed(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
 
