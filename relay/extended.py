@@ -343,10 +343,8 @@ class Extended:
             raise SubmissionRejected(contract.INVALID_REQUEST_PAYLOAD, field.partition("[")[0], detail) from error
 
     def _send_all(self, order: _Order, claim: Claim | _Unclaimed) -> dict[int, Progress]:
-        """Hands over every mail that somebody is still to get; what became of each of those."""
+        """Hands over every mail that somebody is still to get, one at least; what became of each of those."""
         letters = [letter for letter in order.letters if any(place in claim.unsent for place in letter.places)]
-        if not letters:
-            return {}
         body = None
         if order.options.shapes_content:
             body = mime.prepare_body(order.request, order.options, self._extras.max_message_bytes)

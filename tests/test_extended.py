@@ -27,7 +27,6 @@ from relay.extended import OBJECT_MAILS_AT_ONCE
 from relay.idempotency.claim import claim_key
 from relay.idempotency.claims import Claims
 from relay.sending import Sending
-from relay.submission.policy import Policy
 from relay.tracking.log import Log
 from relay.tracking.record import RecipientOutcome
 from relay.tracking.storage import StorageConfig
@@ -35,7 +34,7 @@ from relay.tracking.tracker import HandedOver, Tracker
 from tests.bus.test_objects import in_nats_py, put
 from tests.support.nats_server import NatsServer
 from tests.support.scripted_smtp import Action, ScriptedSmtp, say, stall, wait
-from tests.support.sending import ask, extras_for
+from tests.support.sending import ask, extras_for, policy_for
 
 MAIL = {"to": "user@example.com", "subject": "Hello", "text": "Hello.\n", "html": "<p>Hello.</p>"}
 PATIENCE_SECONDS = 2.0
@@ -68,16 +67,8 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[NewSending
         smarthosts.append(smarthost)
         tracker = Tracker(jetstream, StorageConfig(), 1.0, on_change=lambda _: None)
         tracker.start()
-        policy = {
-            "email_enabled": True,
-            "default_from": "noreply@example.org",
-            "default_from_display_name": "Relay",
-            "allowed_from_domains": ("example.org",),
-            "allowed_reply_to_domains": ("example.org",),
-            "allowed_recipient_domains": (),
-        }
         return Sending(
-            policy=Policy(**(policy | (rules or {}))),  # type: ignore[arg-type]
+            policy=policy_for(**(rules or {})),
             smarthost=smarthost,
             tracker=tracker,
             configuration_set="",

@@ -23,14 +23,13 @@ from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.delivery.smarthost import Smarthost
 from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
-from relay.submission.policy import Policy
 from relay.tracking.log import Log
 from relay.tracking.storage import StorageConfig
 from relay.tracking.tracker import Tracker
 from tests.support.bus_caller import replies_to
 from tests.support.scripted_smtp import Action, ScriptedSmtp, drop, say, stall
 from tests.support.sending import ask as ask_with
-from tests.support.sending import extras_for
+from tests.support.sending import extras_for, policy_for
 
 MAIL = {"to": "user@example.com", "subject": "Hello", "text": "Hello.\n", "html": "<p>Hello.</p>"}
 PATIENCE_SECONDS = 1.0
@@ -64,16 +63,8 @@ def new_sending(smtp: ScriptedSmtp, jetstream: JetStream) -> Iterator[Callable[.
         smarthosts.append(smarthost)
         tracker = Tracker(jetstream, StorageConfig(), 1.0, on_change=lambda _: None)
         tracker.start()
-        rules: dict[str, Any] = {
-            "email_enabled": True,
-            "default_from": "noreply@example.org",
-            "default_from_display_name": "Relay",
-            "allowed_from_domains": ("example.org",),
-            "allowed_reply_to_domains": ("example.org",),
-            "allowed_recipient_domains": (),
-        }
         return Sending(
-            policy=Policy(**(rules | policy)),
+            policy=policy_for(**policy),
             smarthost=smarthost,
             tracker=tracker,
             configuration_set=configuration_set,

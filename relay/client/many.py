@@ -142,6 +142,7 @@ class _Source:
         """What ended it early."""
 
     async def next(self) -> tuple[int, Item] | None:
+        """The next mail and its place; None when there is none left, or the source has failed."""
         async with self._turn:
             if self._is_over:
                 return None

@@ -44,7 +44,7 @@ ADDRESSES_LIMIT: Final = 10_000
 TIMEOUT_LIMIT_SECONDS: Final = 86_400.0
 
 _REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
-_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Members(list[tuple[str, object]]):
@@ -154,7 +154,7 @@ def _check_individual(options: Options) -> None:
 def _text(field: str, value: object) -> str:
     if not isinstance(value, str):
         reject(field.partition("[")[0].partition(".")[0], f"{field} must be a string")
-    return value if value.isascii() else _LONE_SURROGATE.sub("\ufffd", value)
+    return value if value.isascii() else LONE_SURROGATE.sub("\ufffd", value)
 
 
 def _texts(field: str, value: object) -> tuple[str, ...]:

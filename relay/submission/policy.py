@@ -68,7 +68,7 @@ def judge(request: SendRequest, policy: Policy) -> Sender | None:
             recipient = parse_address(request.to)
         except AddressInvalid:
             return None
-        if not _is_within(recipient.domain, policy.allowed_recipient_domains):
+        if not is_within(recipient.domain, policy.allowed_recipient_domains):
             return None
 
     from_address = policy.default_from_address
@@ -80,7 +80,7 @@ def judge(request: SendRequest, policy: Policy) -> Sender | None:
     reply_to = None
     if request.reply_to:
         reply_to = _parsed(request.reply_to, contract.INVALID_REPLY_TO, "reply_to")
-        if not _is_within(reply_to.domain, policy.allowed_reply_to_domains):
+        if not is_within(reply_to.domain, policy.allowed_reply_to_domains):
             raise SubmissionRejected(contract.REPLY_TO_DOMAIN_NOT_ALLOWED, "reply_to")
 
     if not policy.email_enabled:
@@ -117,7 +117,7 @@ def _parsed(text: str, error: str, field: str) -> Address:
         raise SubmissionRejected(error, field, str(cause)) from cause
 
 
-def _is_within(domain: str, allowed: tuple[str, ...]) -> bool:
+def is_within(domain: str, allowed: tuple[str, ...]) -> bool:
     """Whether ``domain`` is one of ``allowed`` or a subdomain of one."""
     while domain not in allowed:
         _, dot, domain = domain.partition(".")

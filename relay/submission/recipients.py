@@ -13,7 +13,7 @@ from relay.errors import AddressInvalid
 from relay.submission.address import Address, parse_address
 from relay.submission.fields import reject
 from relay.submission.options import Options
-from relay.submission.policy import Policy, Sender, judge
+from relay.submission.policy import Policy, Sender, is_within, judge
 from relay.submission.request import SendRequest
 
 
@@ -86,7 +86,8 @@ def judge_recipients(options: Options, policy: Policy, max_recipients: int) -> R
             if mailbox in seen:
                 continue
             seen.add(mailbox)
-            if _is_allowed(address.domain, policy.allowed_recipient_domains):
+            allowed = policy.allowed_recipient_domains
+            if not allowed or is_within(address.domain, allowed):
                 found.append(Recipient(text, address))
             else:
                 filtered.append(text)
@@ -100,8 +101,3 @@ def _parsed(field: str, number: int, text: str) -> Address:
         return parse_address(text)
     except AddressInvalid as error:
         reject(field, f"{field}[{number}]: {error}")
-
-
-def _is_allowed(domain: str, allowed: tuple[str, ...]) -> bool:
-    """Whether ``domain`` is one of ``allowed`` or a subdomain of one; every domain is when none is listed."""
-    return not allowed or domain in allowed or domain.endswith(tuple(f".{one}" for one in allowed))

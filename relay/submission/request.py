@@ -14,7 +14,6 @@ parser.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import repeat
 from typing import Final, NamedTuple, NoReturn
@@ -23,9 +22,8 @@ import orjson
 
 from relay import contract
 from relay.errors import SubmissionRejected
-from relay.submission.options import Members, ObjectRef, Options, decode_object, decode_options, folded
+from relay.submission.options import LONE_SURROGATE, Members, ObjectRef, Options, decode_object, decode_options, folded
 
-_LONE_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _QUOTATION_MARKS: Final = repeat('"')
 _ONLY_STRINGS: Final = frozenset({str})
 
@@ -113,7 +111,7 @@ def _any_request(members: Collection[tuple[str, object]]) -> SendRequest:
         if field == "to" and type(value) is list:
             fields[field] = ""  # ``options`` has them all
         elif isinstance(value, str):
-            fields[field] = _LONE_SURROGATE.sub("\ufffd", value)
+            fields[field] = LONE_SURROGATE.sub("\ufffd", value)
         else:
             _reject(field, f"{field} must be a string")
     options = decode_options(members)
@@ -293,7 +291,7 @@ def _decode_slowly(payload: bytes, fields: tuple[str, ...]) -> dict[str, str]:
             continue
         if not isinstance(value, str):
             _reject(field, f"{field} must be a string")
-        result[field] = _LONE_SURROGATE.sub("\ufffd", value)
+        result[field] = LONE_SURROGATE.sub("\ufffd", value)
     return result
 
 

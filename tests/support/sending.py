@@ -13,6 +13,7 @@ from relay.bus.messages import Msg
 from relay.extended import Extras
 from relay.idempotency.claims import Claims, ClaimsConfig
 from relay.sending import Sending
+from relay.submission.policy import Policy
 
 
 def extras_for(jetstream: JetStream, patience_seconds: float, worker: str = "send-1", **more: Any) -> Extras:
@@ -20,6 +21,19 @@ def extras_for(jetstream: JetStream, patience_seconds: float, worker: str = "sen
     claims = Claims(jetstream, ClaimsConfig(settling_seconds=2.0), worker)
     claims.start()
     return Extras(claims=claims, jetstream=jetstream, patience_seconds=patience_seconds, **more)
+
+
+def policy_for(**rules: Any) -> Policy:
+    """Mail goes out, from example.org to anybody; ``rules`` are ``Policy``'s."""
+    usual: dict[str, Any] = {
+        "email_enabled": True,
+        "default_from": "noreply@example.org",
+        "default_from_display_name": "Relay",
+        "allowed_from_domains": ("example.org",),
+        "allowed_reply_to_domains": ("example.org",),
+        "allowed_recipient_domains": (),
+    }
+    return Policy(**(usual | rules))
 
 
 def ask(
