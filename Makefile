@@ -32,7 +32,7 @@ run: $(STAMP)  ## Development stack in the foreground (NATS 4222, SMTP 1025, hea
 test: $(STAMP)  ## Run every fast test
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-drills: $(STAMP)  ## Play faults on the whole relay, some minutes long (one, shorter: make drills ARGS="ses --seconds 40")
+drills: $(STAMP)  ## Play faults on the whole relay, 12 minutes at most (one: make drills ARGS=ses; at full length: --whole)
 	@$(BIN)/python -m scripts.drills.run $(ARGS)
 
 soak: $(STAMP)  ## Ask for twice what can be done for 10 minutes; memory stays flat (shorter: make soak ARGS="--seconds 60")

@@ -15,6 +15,8 @@ from typing import Any
 import gevent
 
 from relay.delivery.outcome import SENT_STATES, Outcome, Phase, State
+from relay.histogram import Histogram
+from relay.journey import Follower
 from relay.redaction import without_addresses
 from relay.tracking.record import rfc3339
 from relay.tracking.tracker import HandedOver, Tracker
@@ -26,6 +28,8 @@ AMEND_SECONDS = 1.0
 RELAYED = "mail relayed"
 RELAYED_FIELDS = ("email_id", "group_id", "outcome", "compose_ms", "smtp_ms", "tracking_ms")
 """The one line that every mail writes, which is why a program may give ``Books`` a cheaper way to write it."""
+
+REPLY_CLASSES = ("2xx", "4xx", "5xx", "none")
 
 
 def log_relayed_line(*values: object) -> None:
@@ -41,19 +45,26 @@ class Books:
         tracker: Tracker,
         log_relayed: Callable[..., None] = log_relayed_line,
         waited_in_vain: Callable[[], object] = lambda: None,
+        follower: Follower | None = None,
     ) -> None:
         """``log_relayed`` is called once a mail, as ``log_relayed_line`` is.
 
-        ``waited_in_vain`` is told of each mail that was deferred before it had a connection.
+        ``waited_in_vain`` is told of each mail that was deferred before it had a connection; ``follower`` of what
+        became of each mail, and of each request without one.
         """
         self._tracker = tracker
         self._amending: set[Any] = set()
         self._log_relayed = log_relayed
+        self._follower = follower
         self.waited_in_vain = waited_in_vain
         self.counts: Counter[str] = Counter()
         """How many requests ended how: the states of ``Outcome``, ``refused``, and ``not_sent`` on purpose."""
         self.last_error = ""
         """The detail of the last mail that was not relayed, with its time."""
+        self.reply_classes: Counter[str] = Counter(dict.fromkeys(REPLY_CLASSES, 0))
+        """What the smarthost said last of each mail; ``none`` where it said nothing."""
+        self.send_seconds = Histogram()
+        """From a request that is attempted to its reply."""
 
     def record(self, mail: HandedOver, outcome: Outcome) -> None:
         """Writes record and facts of a mail that the smarthost has, or may have; blocks for their acknowledgement."""
@@ -95,6 +106,8 @@ class Books:
         """Counts and logs a mail: ids, what was said and how long each step took."""
         state = outcome.state
         self.counts[state] += 1
+        code = outcome.reply_code
+        self.reply_classes[f"{code // 100}xx" if code else "none"] += 1
         values = (
             email_id,
             without_addresses(group_id[:128]),
@@ -103,6 +116,16 @@ class Books:
             round(smtp_s * 100_000) / 100,
             round(tracking_s * 100_000) / 100,
         )
+        if self._follower is not None:
+            self._follower.came_to(
+                state.value,
+                problem="" if state is State.RELAYED else without_addresses(outcome.detail[:200]),
+                email_id=email_id,
+                group_id=values[1],
+                reply_code=code,
+                enhanced_code=outcome.enhanced_code,
+                attempt=outcome.attempt if outcome.attempt > 1 else None,
+            )
         if state is State.RELAYED:
             self._log_relayed(*values)
         else:
@@ -111,17 +134,28 @@ class Books:
     def note_unattempted(self, outcome: Outcome) -> None:
         """Counts and logs a request that never became a mail, although it was not refused."""
         self.counts[outcome.state] += 1
+        self._tell(outcome.state.value, problem=without_addresses(outcome.detail[:200]))
         self._note_failure(outcome, {"outcome": outcome.state.value})
 
     def note_unsent(self, why: str) -> None:
         """Counts and logs a request for which nothing is sent on purpose."""
         self.counts["not_sent"] += 1
+        self._tell("not_sent")
         log.info("mail not sent: %s", why)
 
     def note_refused(self, error: str) -> None:
         """Counts and logs a request that the relay itself does not take."""
         self.counts["refused"] += 1
+        self._tell("refused", error=error)
         log.debug("request refused: %s", error)
+
+    def note_repeated(self) -> None:
+        """A request that was answered before is answered so again; ``idempotency`` counts it."""
+        self._tell("repeated")
+
+    def _tell(self, outcome: str, problem: str = "", **facts: str) -> None:
+        if self._follower is not None:
+            self._follower.came_to(outcome, problem=problem, **facts)
 
     def _note_failure(self, outcome: Outcome, fields: dict[str, Any]) -> None:
         said = without_addresses(outcome.detail[:200])

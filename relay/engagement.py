@@ -32,6 +32,7 @@ from relay.bus.jetstream import ONE_MESSAGES_OWN, JetStream
 from relay.bus.kv import Bucket, Entry
 from relay.bus.stored import StreamInfo
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
+from relay.journey import Follower
 from relay.tracking import folding
 from relay.tracking.batch import DONE, Batch, MailEvents, Notification, Verdict, logged_id
 from relay.tracking.events import Broken, Dropped, Event, read_notification
@@ -105,11 +106,18 @@ class _Doubtful(NamedTuple):
 class Engagement:
     """Handles notifications. Any number of greenlets, processes and machines may do so at the same time."""
 
-    def __init__(self, jetstream: JetStream, config: EngagementConfig, clock: Callable[[], float] = time.time) -> None:
-        """``clock`` gives epoch seconds."""
+    def __init__(
+        self,
+        jetstream: JetStream,
+        config: EngagementConfig,
+        clock: Callable[[], float] = time.time,
+        follower: Follower | None = None,
+    ) -> None:
+        """``clock`` gives epoch seconds; ``follower`` is told of each batch."""
         self._jetstream = jetstream
         self._config = config
         self._clock = clock
+        self._follower = follower
         self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         self._log = Log(jetstream)
         self._limits = _Limits()
@@ -154,7 +162,21 @@ class Engagement:
         when it refuses what it should take: then nothing is done, and the same batch may be handled again.
         """
         begun_at = time.monotonic()
-        deadline = begun_at + timeout_seconds
+        problem = "error"
+        done = 0
+        try:
+            verdicts = self._handle(notifications, begun_at, begun_at + timeout_seconds)
+            done, problem = sum(verdict.is_done for verdict in verdicts), ""
+        except (BusUnavailable, BusRefused) as error:
+            problem = type(error).__name__
+            raise
+        finally:
+            if self._follower is not None:
+                told = {"messages": len(notifications), "done": done}
+                self._follower.handled(begun_at, time.monotonic(), problem=problem, **told)
+        return verdicts
+
+    def _handle(self, notifications: Sequence[Notification], begun_at: float, deadline: float) -> list[Verdict]:
         if begun_at >= self._look_again_at:
             self.prepare()
         now = self._clock() + self._limits.ahead_seconds

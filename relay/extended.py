@@ -9,6 +9,7 @@ is left of it when a process dies at any point is ``idempotency``'s; the words o
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,8 @@ class Asked(NamedTuple):
     """On ``time.monotonic()``."""
     on_wait: Callable[[], None]
     """To be called before the request waits for another one's answer, which holds nothing of the relay."""
+    begun: float
+    """On ``time.perf_counter()``."""
 
 
 class _Order(NamedTuple):
@@ -199,12 +202,15 @@ class Extended:
 
         claim = self._claim(order, asked._replace(on_wait=on_wait))
         if isinstance(claim, Settled):
+            self._books.note_repeated()
             return claim.reply
         if isinstance(claim, Refused):
             return self._refuse(claim.reason)
         held: AbstractContextManager[object] = claim if isinstance(claim, Claim) else nullcontext()
         with held:
-            return self._fulfil(order, claim, place)
+            reply = self._fulfil(order, claim, place)
+        self._books.send_seconds.observe(perf_counter() - asked.begun)
+        return reply
 
     # -- what is asked for ---------------------------------------------------------------------
     def _permit(self, request: SendRequest, asked: Asked) -> _Order | None:
@@ -352,7 +358,10 @@ class Extended:
             return self._send(order, claim, letters[0], body)
         size_bytes = 1 if body is None else max(1, body.size_bytes)
         crew = Pool(max(1, min(INDIVIDUAL_AT_ONCE, INDIVIDUAL_BYTES_AT_ONCE // size_bytes)))
-        sending = [crew.spawn(self._send_one, order, claim, letter, body) for letter in letters]
+        # In copies of this request's context: whoever follows it follows each of them.
+        sending = [
+            crew.spawn(contextvars.copy_context().run, self._send_one, order, claim, letter, body) for letter in letters
+        ]
         gevent.joinall(sending)
         return {place: result for each in sending for place, result in each.value.items()}
 

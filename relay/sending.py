@@ -21,6 +21,8 @@ from relay.delivery.outcome import Outcome, State
 from relay.delivery.smarthost import Smarthost
 from relay.errors import AddressInvalid, SubmissionRejected
 from relay.extended import Asked, Extended, Extras
+from relay.histogram import Histogram
+from relay.journey import Follower
 from relay.submission.attachment import ObjectRef
 from relay.submission.compose import compose, date_header, new_ids
 from relay.submission.mail import Mail
@@ -43,12 +45,13 @@ class Sending:
         extras: Extras,
         log_relayed: Callable[..., None] = log_relayed_line,
         waited_in_vain: Callable[[], object] = lambda: None,
+        follower: Follower | None = None,
     ) -> None:
-        """``log_relayed`` and ``waited_in_vain`` are ``Books``'."""
+        """``log_relayed``, ``waited_in_vain`` and ``follower`` are ``Books``'."""
         self._policy = policy
         self._smarthost = smarthost
         self._configuration_set = configuration_set
-        self._books = Books(tracker, log_relayed, waited_in_vain)
+        self._books = Books(tracker, log_relayed, waited_in_vain, follower)
         self._extended = Extended(
             policy=policy,
             smarthost=smarthost,
@@ -66,6 +69,16 @@ class Sending:
     def last_error(self) -> str:
         """The detail of the last mail that was not relayed, with its time."""
         return self._books.last_error
+
+    @property
+    def send_seconds(self) -> Histogram:
+        """From a request that is attempted to its reply."""
+        return self._books.send_seconds
+
+    @property
+    def reply_classes(self) -> Counter[str]:
+        """What the smarthost said last of each mail: ``2xx``, ``4xx``, ``5xx``, ``none``."""
+        return self._books.reply_classes
 
     def wait_amended(self, timeout_seconds: float) -> None:
         """After the last answer: lets the records that are still to be amended come to it."""
@@ -85,7 +98,7 @@ class Sending:
                 or (msg.headers and self._extended.heeds(msg.headers))
             ):
                 on_wait = partial(step_aside, msg)
-                return self._extended.answer(request, Asked(msg.headers, len(msg.payload), deadline, on_wait))
+                return self._extended.answer(request, Asked(msg.headers, len(msg.payload), deadline, on_wait, begun))
             sender = judge(request, self._policy)
         except SubmissionRejected as refusal:
             self._books.note_refused(refusal.error)
@@ -106,14 +119,11 @@ class Sending:
         )
         handed_over = perf_counter()
         self._books.record(_handed_over(mail, outcome), outcome)
+        tracked = perf_counter()
         self._books.note(
-            mail.email_id,
-            mail.group_id,
-            outcome,
-            composed - begun,
-            handed_over - composed,
-            perf_counter() - handed_over,
+            mail.email_id, mail.group_id, outcome, composed - begun, handed_over - composed, tracked - handed_over
         )
+        self._books.send_seconds.observe(tracked - begun)
         if outcome.state is State.RELAYED:
             return answers.sent(mail.email_id, mail.group_id, mail.message_id_header, outcome.remote_id)
         return answers.not_sent(outcome, mail.email_id, mail.group_id)

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -43,6 +44,7 @@ class Group(StrEnum):
     TRACKING = "Tracking"
     SES = "Amazon SES"
     LOGS = "Logs"
+    TRACES = "Traces"
 
 
 def _boolean(value: object) -> object:
@@ -176,6 +178,29 @@ def _ca_file(value: object) -> object:
     return value
 
 
+def _nats_file(read: Callable[[ModuleType, str], object]) -> AfterValidator:
+    """A file that is read at each connection, and now once to see whether it can be."""
+
+    def check(value: str) -> str:
+        if value:
+            # Here, as below: who does without NATS need not load what is for it.
+            from relay.bus import access
+
+            try:
+                read(access, value)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    return AfterValidator(check)
+
+
+def _inbox_prefix(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*", value):
+        raise ValueError("must be tokens of letters, digits, _ and - with dots between, such as _INBOX.relay")
+    return value
+
+
 def _queue_url(value: object) -> object:
     if value:
         url = urlsplit(str(value))
@@ -212,7 +237,7 @@ class Settings(BaseSettings):
         False,
         "Send mail. When false, requests are answered with success and empty ids and nothing is sent.",
     )
-    port: Port = _row(Group.RELAY, 8080, "Port of the health page: `/livez`, `/readyz`.")
+    port: Port = _row(Group.RELAY, 8080, "Port of the health page: `/livez`, `/readyz`, `/metrics`.")
     relay_http_host: str = _row(
         Group.RELAY, "0.0.0.0", "Address the health page listens on.", "probes come from outside the container"
     )
@@ -260,6 +285,38 @@ class Settings(BaseSettings):
     # -- NATS
     nats_url: Annotated[str, BeforeValidator(_nats_url)] = _row(
         Group.NATS, "nats://localhost:4222", "NATS servers, separated by commas; may hold `user:password@`."
+    )
+    nats_creds: Annotated[str, _nats_file(lambda access, path: access.read_creds(path))] = _row(
+        Group.NATS, "", "File with the user's JWT and seed, as `nsc generate creds` writes it."
+    )
+    nats_nkey_seed_file: Annotated[str, _nats_file(lambda access, path: access.read_seed(path))] = _row(
+        Group.NATS, "", "File with the seed of the user's nkey (`SU…`)."
+    )
+    nats_user: str = _row(Group.NATS, "", "User name, instead of one in `NATS_URL`.")
+    nats_password: SecretStr = _row(Group.NATS, SecretStr(""), "Password of `NATS_USER`.")
+    nats_password_file: Annotated[str, _nats_file(lambda access, path: access.read_line(path))] = _row(
+        Group.NATS,
+        "",
+        "File that holds the password, instead of `NATS_PASSWORD`; a line end at its end is no part of it.",
+    )
+    nats_token_file: Annotated[str, _nats_file(lambda access, path: access.read_line(path))] = _row(
+        Group.NATS, "", "File that holds a token, for servers that ask for one."
+    )
+    nats_ca: Annotated[str, _nats_file(lambda access, path: access.tls_context(path, "", ""))] = _row(
+        Group.NATS,
+        "",
+        "File of CA certificates in PEM instead of the system's; set, nothing is said to NATS but over TLS.",
+    )
+    nats_cert: str = _row(Group.NATS, "", "File with our own certificate in PEM, for servers that ask for one.")
+    nats_key: str = _row(Group.NATS, "", "File with the key of `NATS_CERT`, without a passphrase.")
+    nats_tls_first: Boolean = _row(
+        Group.NATS, False, "Begin with TLS before NATS has said anything: for servers with `handshake_first`."
+    )
+    nats_inbox_prefix: Annotated[str, AfterValidator(_inbox_prefix)] = _row(
+        Group.NATS,
+        "_INBOX",
+        "Beneath it arrive the answers to what Relay asks NATS: give its user a prefix of its own (`_INBOX.relay`).",
+        "as every client; whoever may subscribe to `_INBOX.>` hears what others are answered",
     )
     nats_trust_request_info: Boolean = _row(
         Group.NATS,
@@ -460,6 +517,26 @@ class Settings(BaseSettings):
     )
     log_add_source: Boolean = _row(Group.LOGS, False, "Add file and line to every log line.")
 
+    # -- traces; text, since a value that OpenTelemetry does not know must not keep mail from being sent
+    otel_traces_exporter: str = _row(
+        Group.TRACES,
+        "",
+        "`otlp`, `console` or `none`; unset: `otlp` when one of the endpoints is set. Needs the extra `otel`."
+        " `docs/tracing.md` names the other `OTEL_*` variables.",
+        "traces cost CPU time, and somebody must take them",
+    )
+    otel_exporter_otlp_endpoint: str = _row(
+        Group.TRACES, "", "URL of a collector for OTLP over HTTP, such as `http://collector:4318`."
+    )
+    otel_exporter_otlp_traces_endpoint: str = _row(
+        Group.TRACES, "", "The same for traces alone, with its path: `http://collector:4318/v1/traces`."
+    )
+    otel_exporter_otlp_protocol: str = _row(
+        Group.TRACES, "", "`http/protobuf`, which is also used when it is unset; `grpc` does not go with gevent."
+    )
+    otel_exporter_otlp_traces_protocol: str = _row(Group.TRACES, "", "The same for traces alone.")
+    otel_sdk_disabled: str = _row(Group.TRACES, "", "`true`: no traces, whatever else is set.")
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
@@ -469,6 +546,54 @@ class Settings(BaseSettings):
     def _one_password(self) -> Settings:
         if self.smtp_password_file and self.smtp_password.get_secret_value():
             raise ValueError("both SMTP_PASSWORD and SMTP_PASSWORD_FILE are set; unset one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_nats_login(self) -> Settings:
+        is_set = {
+            "NATS_CREDS": bool(self.nats_creds),
+            "NATS_NKEY_SEED_FILE": bool(self.nats_nkey_seed_file),
+            "NATS_USER": bool(self.nats_user),
+            "NATS_TOKEN_FILE": bool(self.nats_token_file),
+            "a user in NATS_URL": "@" in self.nats_url,
+        }
+        ways = [name for name in is_set if is_set[name]]
+        if len(ways) > 1:
+            raise ValueError(f"both {ways[0]} and {ways[1]} are set, and there is one login; unset one of them")
+        password, file = self.nats_password.get_secret_value(), self.nats_password_file
+        if password and file:
+            raise ValueError("both NATS_PASSWORD and NATS_PASSWORD_FILE are set; unset one of them")
+        if self.nats_user and not (password or file):
+            raise ValueError("NATS_USER is set without NATS_PASSWORD or NATS_PASSWORD_FILE; set one of them")
+        if not self.nats_user and (password or file):
+            name = "NATS_PASSWORD" if password else "NATS_PASSWORD_FILE"
+            raise ValueError(f"{name} is set without NATS_USER; set it, or unset {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_nats_certificate(self) -> Settings:
+        if bool(self.nats_cert) != bool(self.nats_key):
+            there, missing = ("NATS_CERT", "NATS_KEY") if self.nats_cert else ("NATS_KEY", "NATS_CERT")
+            raise ValueError(f"{there} is set without {missing}; set both or none")
+        if self.nats_cert:
+            from relay.bus.access import tls_context
+
+            try:
+                tls_context(self.nats_ca, self.nats_cert, self.nats_key)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _inbox_gets_replies(self) -> Settings:
+        prefix = self.nats_inbox_prefix
+        if "nats_inbox_prefix" not in self.model_fields_set:
+            return self
+        if not any(f"{prefix}.".startswith(f"{allowed}.") for allowed in self.relay_reply_prefixes):
+            raise ValueError(
+                f"NATS_INBOX_PREFIX {prefix} is under none of RELAY_REPLY_PREFIXES, so `relayctl` would get no reply;"
+                " begin it with one of them"
+            )
         return self
 
     @model_validator(mode="after")
@@ -526,6 +651,47 @@ def child_environment(defaults: Mapping[str, str], **fixed: str) -> dict[str, st
     return {**os.environ, **unset, **fixed}
 
 
+def captured(defaults: Mapping[str, str], **fixed: str) -> dict[str, str]:
+    """What this environment says, of Relay's settings and of what its libraries read (AWS_*, OTEL_*), by name.
+
+    ``defaults`` where it sets nothing, ``fixed`` in any case; what is set to nothing is ''. Not RELAY_STATE_DIR, which
+    says where what is captured is kept.
+    """
+    found = {_name_of(name): value for name, value in os.environ.items() if _is_handed_on(name)}
+    return found | {name: value for name, value in defaults.items() if not found.get(name)} | fixed
+
+
+def adopt(values: Mapping[str, str]) -> None:
+    """Makes ``values``, as they were ``captured``, all that this environment says of them."""
+    for name in [name for name in os.environ if _is_handed_on(name)]:
+        del os.environ[name]
+    os.environ.update(values)
+
+
+def is_set(name: str, value: str) -> bool:
+    """Whether that is more than the default: an empty variable counts as unset, but for the lists SMTP_ALLOWED_…."""
+    return bool(value) or name.lower() in ALLOWED_LISTS
+
+
+def is_secret(name: str) -> bool:
+    """Whether the value of a variable is never shown."""
+    field = Settings.model_fields.get(name.lower())
+    return field is None or field.annotation is SecretStr
+
+
+def _is_handed_on(name: str) -> bool:
+    is_ours = name.lower() in Settings.model_fields and name.lower() != "relay_state_dir"
+    return is_ours or name.startswith(FOREIGN_PREFIXES)
+
+
+def _name_of(variable: str) -> str:
+    return variable.upper() if variable.lower() in Settings.model_fields else variable
+
+
+FOREIGN_PREFIXES = ("AWS_", "OTEL_")
+"""Of variables that boto3 and OpenTelemetry read by themselves."""
+
+
 def apply_env_file(path: str) -> None:
     """Puts what the file sets (``NAME=value`` lines) into the environment, where that has it not already.
 
@@ -572,6 +738,10 @@ def rows() -> list[tuple[str, FieldInfo, Group, str]]:
     return table
 
 
+SECRET_WORDS = ("PASSWORD", "URL", "CREDS", "SEED", "TOKEN", "KEY")
+"""In the names of settings whose value no error shows: what belongs into a file may stand in the file's place."""
+
+
 def _in_words(error: ValidationError) -> str:
     problems = []
     for problem in error.errors(include_input=True, include_url=False):
@@ -579,7 +749,7 @@ def _in_words(error: ValidationError) -> str:
         told = problem["msg"].removeprefix("Value error, ")
         given = problem.get("input")
         # A rule about several settings is given all of them, the secrets too.
-        is_secret = not problem["loc"] or "PASSWORD" in name or "URL" in name or "@" in str(given)
+        is_secret = not problem["loc"] or "@" in str(given) or any(word in name for word in SECRET_WORDS)
         shown = "" if is_secret else f" (it is {str(given)[:60]!r})"
         hint = ""
         if isinstance(given, str) and given.startswith("tcp://"):

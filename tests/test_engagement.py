@@ -466,3 +466,38 @@ def test_a_worker_that_stood_still_between_record_and_facts_states_nothing(scene
     assert counts(scene.jetstream, "spring") == {"sent": 1}
     assert worker.handle([event], TIMEOUT_SECONDS) == [DONE]
     assert counts(scene.jetstream, "spring") == {"sent": 1, "open": 1, "opened": 1}
+
+
+class Heard:
+    """A follower that remembers batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, dict[str, str | int | None]]] = []
+
+    def step(self, name: str, begun: float, ended: float, *, problem: str = "", **facts: str | int | None) -> None:
+        """There are none."""
+
+    def came_to(self, outcome: str, *, problem: str = "", **facts: str | int | None) -> None:
+        """There are none."""
+
+    def handled(self, begun: float, ended: float, *, problem: str = "", **facts: str | int | None) -> None:
+        """One batch."""
+        assert 0 <= ended - begun < 30
+        self.batches.append((problem, facts))
+
+
+def test_who_follows_hears_of_each_batch(
+    new_nats_server: Callable[..., NatsServer], new_bus: Any, group_id: str
+) -> None:
+    server = new_nats_server()
+    jetstream = JetStream(new_bus(server.url), timeout_seconds=0.5)
+    assert ensure_storage(jetstream, StorageConfig()) == ""
+    heard = Heard()
+    engagement = Engagement(jetstream, EngagementConfig(EARLY_SECONDS), follower=heard)
+    engagement.prepare()
+    broken = Notification("{", "sqs-1", 1, time.time())
+    engagement.handle([broken, broken], 10.0)
+    server.stop()
+    with pytest.raises(BusUnavailable):
+        engagement.handle([broken], 1.0)
+    assert heard.batches == [("", {"messages": 2, "done": 2}), ("BusUnavailable", {"messages": 1, "done": 0})]

@@ -15,6 +15,7 @@ MODULES = sorted([*(ROOT / "relay").rglob("*.py"), *(ROOT / "workers").glob("*.p
 
 ONLY_IN = {
     "nats": ("relay/bus/", "relay/client/"),
+    "nkeys": ("relay/bus/",),
     "asyncio": ("relay/bus/", "relay/client/"),
     "boto3": ("relay/aws/",),
     "botocore": ("relay/aws/",),
@@ -27,12 +28,17 @@ ONLY_IN = {
         "relay/idempotency/claims.py",
         "relay/idempotency/ledger.py",
         "relay/idempotency/twins.py",
+        "relay/ops/doctor/",
+        "relay/ops/measuring.py",
         "relay/ops/polling.py",
         "relay/ops/process.py",
         "relay/ops/health.py",
         "relay/ops/logs.py",
+        "relay/ops/tracing.py",
+        "relay/ops/share.py",
         "relay/ops/waiting.py",
         "relay/cli/fleet.py",
+        "relay/tracking/arrears.py",
         "relay/tracking/pages.py",
         "relay/tracking/storage.py",
         "relay/tracking/tracker.py",
@@ -40,6 +46,8 @@ ONLY_IN = {
     ),
     "supervisor": ("relay/ops/supervision.py",),
     "aiosmtpd": ("relay/ops/catcher.py",),
+    "opentelemetry": ("relay/ops/tracing.py",),
+    "prometheus_client": ("relay/ops/metrics.py",),
 }
 """Packages from outside, and where they may be imported."""
 
@@ -48,11 +56,15 @@ PURE = (
     "relay/answers.py",
     "relay/errors.py",
     "relay/redaction.py",
+    "relay/histogram.py",
+    "relay/journey.py",
+    "relay/bus/config.py",
     "relay/bus/messages.py",
     "relay/client/errors.py",
     "relay/client/mail.py",
     "relay/client/replies.py",
     "relay/client/retry.py",
+    "relay/ops/catalogue.py",
     "relay/submission/",
     "relay/tracking/record.py",
     "relay/tracking/events.py",
@@ -76,7 +88,7 @@ CLOCKS = {("time", "time"), ("time", "monotonic"), ("datetime", "now"), ("dateti
 
 LEVELS = [
     ("relay.__version__",),
-    ("relay.contract", "relay.errors", "relay.redaction"),
+    ("relay.contract", "relay.errors", "relay.redaction", "relay.journey", "relay.histogram"),
     ("relay.client",),
     ("relay.submission",),
     ("relay.bus", "relay.aws", "relay.delivery"),

@@ -127,6 +127,25 @@ def test_the_line_of_a_relayed_mail(
     assert "mail not relayed" in caplog.text
 
 
+def test_attempts_are_timed_and_replies_counted_by_class(
+    new_sending: Callable[..., Sending], smtp: ScriptedSmtp
+) -> None:
+    sending = new_sending()
+    for reply in ("250 Ok", "451 4.3.0 later", "550 5.7.1 never", "250 Ok"):
+        smtp.change({"dot": say(reply)})
+        ask(sending, MAIL)
+    smtp.change({"dot": stall()})
+    ask(sending, MAIL)
+    ask(sending, {"subject": "to nobody"})  # refused: no attempt
+    assert sending.reply_classes == {"2xx": 2, "4xx": 1, "5xx": 1, "none": 1}
+    assert sum(sending.send_seconds.counts) == 5
+    smtp.change({})
+    several = {key: value for key, value in MAIL.items() if key != "to"}
+    ask(sending, several | {"to": ["a@example.com", "b@example.com"], "recipients_as": "individual"})
+    # Two mails, one request
+    assert (sending.reply_classes["2xx"], sum(sending.send_seconds.counts)) == (4, 6)
+
+
 def test_the_headers_for_ses(new_sending: Callable[..., Sending], smtp: ScriptedSmtp) -> None:
     reply = ask(new_sending(configuration_set="events"), MAIL)
     (mail,) = smtp.mails

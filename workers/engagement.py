@@ -8,7 +8,7 @@ from relay.aws.sqs import Queue
 from relay.bus.jetstream import JetStream
 from relay.engagement import Engagement
 from relay.errors import ConfigError
-from relay.ops.figures import engagement_figures, micro_service
+from relay.ops.figures import engagement_service
 from relay.ops.parts import engagement_config, queue_config, storage_config
 from relay.ops.polling import Polling, PollingConfig, prepare
 from relay.ops.process import Context, run
@@ -24,7 +24,7 @@ class EngagementWorker:
             raise ConfigError("SES_ENGAGEMENT_SQS_QUEUE_URL is not set: there is no queue of events; set it")
         self._context = context
         self._jetstream = JetStream(context.bus)
-        self._engagement = Engagement(self._jetstream, engagement_config(settings))
+        self._engagement = Engagement(self._jetstream, engagement_config(settings), follower=context.tracing)
         self._polling = Polling(
             Queue(queue_config(settings)),
             self._engagement,
@@ -32,9 +32,7 @@ class EngagementWorker:
             context.presence.lacks,
             context.fail,
         )
-        self._micro_service = micro_service(
-            context, [], lambda: engagement_figures(self._engagement, self._polling, settings.engagement_pollers)
-        )
+        self._micro_service = engagement_service(context, self._engagement, self._polling)
 
     def start(self) -> None:
         self._micro_service.start()

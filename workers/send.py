@@ -5,14 +5,14 @@ from gevent import monkey
 monkey.patch_all()
 
 import time
-from functools import partial
 
 from relay import contract
 from relay.bus.jetstream import JetStream
 from relay.delivery.smarthost import Smarthost
-from relay.ops.figures import micro_service, send_figures
+from relay.ops.figures import send_service
 from relay.ops.parts import extras, log_relayed, policy, service, smarthost_config, tracker
 from relay.ops.process import Context, run
+from relay.ops.share import Share
 from relay.ops.waiting import wait_for_smarthost
 from relay.sending import Sending, send_handler
 from relay.submission.admission import Admission
@@ -24,11 +24,13 @@ class SendWorker:
     """Waits for the smarthost, then serves ``send_email``."""
 
     def __init__(self, context: Context) -> None:
-        settings = context.settings
-        self._context = context
+        self._context, settings = context, context.settings
         rules = policy(settings)
-        self._config = smarthost_config(settings)
-        self._smarthost = Smarthost(self._config, default_sender=rules.default_from_address.mailbox)
+        share = Share(context)
+        self._config = smarthost_config(settings, share.workers)
+        sender = rules.default_from_address.mailbox
+        self._smarthost = Smarthost(self._config, default_sender=sender, follower=context.tracing)
+        share.follow(self._smarthost)
         jetstream = JetStream(context.bus)
         more = self._more = extras(context, jetstream)
         self._tracker = tracker(context, jetstream)
@@ -39,12 +41,12 @@ class SendWorker:
             tracker=self._tracker,
             configuration_set=settings.ses_configuration_set,
             extras=more,
-            log_relayed=log_relayed(),
+            log_relayed=log_relayed(context),
+            follower=context.tracing,
             waited_in_vain=gate.waited_in_vain,
         )
         served = self._service = service(context, contract.SEND_EMAIL, send_handler(sending), gate)
-        figures = partial(send_figures, sending, served, gate, self._smarthost, self._tracker, more.claims)
-        self._micro_service = micro_service(context, [served], figures)
+        self._micro_service = send_service(context, sending, served, gate, self._smarthost, self._tracker, more.claims)
 
     def start(self) -> None:
         self._micro_service.start()
@@ -71,7 +73,7 @@ class SendWorker:
         self._smarthost.wait_settled(max(0.0, deadline - time.monotonic()))
         self._sending.wait_amended(max(0.0, deadline - time.monotonic()))
         self._more.claims.close(max(0.0, deadline - time.monotonic()))
-        self._tracker.stop()
+        self._tracker.stop(max(0.0, deadline - time.monotonic()))
 
 
 if __name__ == "__main__":

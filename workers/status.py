@@ -11,8 +11,9 @@ import gevent
 
 from relay import contract
 from relay.bus.jetstream import JetStream
-from relay.ops.figures import micro_service, status_figures
+from relay.ops.figures import status_service
 from relay.ops.health import HealthServer
+from relay.ops.metrics import Metrics
 from relay.ops.parts import service
 from relay.ops.process import Context, run
 from relay.ops.waiting import serve_when_tracked
@@ -39,12 +40,11 @@ class StatusWorker:
         self._services = [
             service(context, nats_subject, status_handler(answer), gate) for nats_subject, answer in answers.items()
         ]
-        self._micro_service = micro_service(
-            context, self._services, lambda: status_figures(self._services, self._off_reason)
-        )
+        self._micro_service = status_service(context, self._services, lambda: self._off_reason)
         self._health: HealthServer | None = None
         if context.program == HEALTH_PROGRAM:
-            self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness)
+            page = Metrics(settings.relay_state_dir).page
+            self._health = HealthServer(settings.relay_http_host, settings.port, self._readiness, page)
             self._health.start()
 
     def start(self) -> None:

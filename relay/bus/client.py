@@ -18,14 +18,24 @@ import nats.errors
 from nats.aio.client import Client
 
 from relay.bus.bridge import Bridge
+from relay.bus.config import BusConfig, without_password
 from relay.bus.connection import Connection
 from relay.bus.messages import Msg, Publication, is_plain_subject
-from relay.bus.nats_client import in_words, without_password
+from relay.bus.nats_client import in_words
 from relay.bus.outbox import Collector, Outbox
 from relay.bus.subscriptions import Subscribed, Subscriptions
 from relay.errors import BusRefused, BusUnavailable
 
-__all__ = ["Bus", "Collector", "Msg", "Publication", "is_plain_subject", "seconds_left", "without_password"]
+__all__ = [
+    "Bus",
+    "BusConfig",
+    "Collector",
+    "Msg",
+    "Publication",
+    "is_plain_subject",
+    "seconds_left",
+    "without_password",
+]
 
 log = logging.getLogger("relay.bus")
 
@@ -38,23 +48,24 @@ def seconds_left(deadline: float) -> float:
 class Bus:
     """One connection to NATS. Its methods are for greenlets; handlers run in the bus's own greenlet.
 
-    ``url`` may name several servers, separated by commas. ``on_change(is_connected, why)`` is called
+    A bare URL stands for a ``BusConfig`` that says nothing else. ``on_change(is_connected, why)`` is called
     in the bus's greenlet and must not block; ``on_death()`` when only a new process can help.
     """
 
     def __init__(
         self,
-        url: str,
+        config: BusConfig | str,
         name: str,
         on_change: Callable[[bool, str], None] | None = None,
         on_death: Callable[[], None] | None = None,
     ) -> None:
         self._on_death = on_death
         self._is_closing = False
-        self._inbox = f"_INBOX.{secrets.token_hex(11)}"
+        config = BusConfig(config) if isinstance(config, str) else config
+        self._inbox = f"{config.inbox_prefix}.{secrets.token_hex(11)}"
         self._bridge = Bridge()
         self._subscriptions = Subscriptions(self._bridge)
-        self._connection = Connection(url, name, self._subscriptions, on_change)
+        self._connection = Connection(config, name, self._inbox, self._subscriptions, on_change)
         self._outbox = Outbox(self._bridge, self._connection, self._inbox)
         self._subscriptions.hold(Subscribed(f"{self._inbox}.*", "", self._outbox.on_answer))
 

@@ -20,13 +20,14 @@ from collections.abc import Callable
 import nats.errors
 from gevent.event import Event
 
+from relay.bus.access import Access
+from relay.bus.config import BusConfig
 from relay.bus.nats_client import (
     CONNECT_TIMEOUT_SECONDS,
-    PASSWORD_REFUSED,
     TamedClient,
     in_words,
     is_hangup,
-    without_password,
+    is_refusal,
 )
 from relay.bus.subscriptions import Subscriptions
 
@@ -44,15 +45,26 @@ class Connection:
     """One connection to NATS, whichever client has it at the moment. ``stay`` is a task of the loop."""
 
     def __init__(
-        self, url: str, name: str, subscriptions: Subscriptions, on_change: Callable[[bool, str], None] | None
+        self,
+        config: BusConfig,
+        name: str,
+        inbox: str,
+        subscriptions: Subscriptions,
+        on_change: Callable[[bool, str], None] | None,
     ) -> None:
-        self._servers = [part.strip() for part in url.split(",") if part.strip()]
+        self._config = config
+        self._access = Access(config)
         self._name = name
+        self._inbox = inbox.lower()
         self._subscriptions = subscriptions
         self._on_change = on_change
         self._is_closing = False
         self._reconnect_wait_seconds = random.uniform(0.2, 0.5)  # a fleet must not come back in one beat
-        self.nc = TamedClient()
+        self._standing = ""
+        """What NATS refuses on this connection although serving needs it."""
+        self._is_refused = False
+        """By the last try to connect: what follows is the server's hanging up."""
+        self.nc = TamedClient(self._access)
         """nats-py's client of now; another one after a connection that was closed for good."""
         self.connected = Event()
         """Set while connected."""
@@ -60,8 +72,20 @@ class Connection:
         """Why it is not connected, or what NATS complained about last."""
         self.on_lost: Callable[[], None] | None = None
         """There is no connection (any more): what was asked over it is not answered."""
+        self.inbox_refused = False
+        """This user may not listen where answers arrive: none will."""
+        self.on_inbox_refused: Callable[[], None] | None = None
+        """That has just been said."""
         self.on_denied: Callable[[str], None] | None = None
         """This user may not publish to the subject, which nats-py has put in lower case."""
+
+    def _words(self, error: BaseException) -> str:
+        """One line for why there is no connection."""
+        self._is_refused = is_refusal(error)
+        if not self._is_refused:
+            return in_words(error)
+        told = in_words(error).lower()
+        return self._access.why_refused() + ("" if "violation" in told else f" ({told})")
 
     async def stay(self) -> None:
         """Connects and stays connected until ``close``."""
@@ -70,21 +94,25 @@ class Connection:
             try:
                 await self._connect(closed)
             except (OSError, nats.errors.Error) as error:
-                self._changed(False, in_words(error))
+                self._changed(False, self._words(error))
                 await self._abandon()
                 await asyncio.sleep(self._reconnect_wait_seconds)
                 continue
             await self._watch(closed)
-            self._changed(False, "NATS closed the connection for good; connecting anew")
+            reason = self.nc.last_error
+            why = self._words(reason) if reason is not None else "NATS closed the connection for good"
+            self._changed(False, f"{why}; connecting anew")
 
     async def _connect(self, closed: asyncio.Event) -> None:
         """Connects a new client, for as long as it takes, and gives it all subscriptions."""
-        nc = self.nc = TamedClient()
+        nc = self.nc = TamedClient(self._access)
+        self._forget_refusals()
 
         async def on_closed() -> None:
             closed.set()
 
         async def on_disconnected() -> None:
+            self._forget_refusals()
             self._changed(False, "the connection to NATS was lost; reconnecting")
 
         async def on_reconnected() -> None:
@@ -97,11 +125,11 @@ class Connection:
                     log.warning("NATS: %s", text)
                 self.last_error = text
                 self._denied(text)
-            elif not (self.last_error == PASSWORD_REFUSED and is_hangup(error)):
-                self._changed(False, in_words(error))
+            elif not (self._is_refused and is_hangup(error)):
+                self._changed(False, self._words(error))
 
         await nc.connect(
-            servers=list(self._servers),
+            servers=self._config.servers,
             name=self._name,
             error_cb=on_error,
             closed_cb=on_closed,
@@ -113,6 +141,7 @@ class Connection:
             ping_interval=PING_INTERVAL_SECONDS,
             pending_size=0,
             skip_subject_validation=True,  # is_plain_subject has looked at every subject that is not our own
+            **nc.login_options(),
         )
         await self._subscriptions.move_to(nc)
         await asyncio.sleep(0)  # flush() writes its PING ahead of the SUBs that still wait in the client
@@ -149,14 +178,32 @@ class Connection:
         verb, nats_subject = refused[1].lower(), refused[2]
         if verb == "publish" and self.on_denied is not None:
             self.on_denied(nats_subject)
-        if self._on_change is None:
-            return
         if verb == "subscription":
-            if self._subscriptions.serves(nats_subject):
-                self._on_change(False, f"this user may not subscribe to {nats_subject}; grant it in NATS")
+            if nats_subject.lower().startswith(f"{self._inbox}."):
+                self.inbox_refused = True
+                if self.on_inbox_refused is not None:
+                    self.on_inbox_refused()
+                self._cannot_serve(self.inbox_words)
+            elif self._subscriptions.serves(nats_subject):
+                self._cannot_serve(f"this user may not subscribe to {nats_subject}; grant it in NATS")
         elif not nats_subject.startswith("$"):  # without $JS and $KV mail still goes out, untracked
             prefix = nats_subject.partition(".")[0]
-            self._on_change(False, f"this user may not publish to {prefix}.>; grant it in NATS")
+            self._cannot_serve(f"this user may not publish to {prefix}.>; grant it in NATS")
+
+    def _cannot_serve(self, why: str) -> None:
+        self._standing = why
+        if self._on_change is not None:
+            self._on_change(False, why)
+
+    def _forget_refusals(self) -> None:
+        self._standing = ""
+        self.inbox_refused = False
+
+    @property
+    def inbox_words(self) -> str:
+        """What to do when the inbox is refused."""
+        prefix = self._config.inbox_prefix
+        return f"this user may not subscribe to {prefix}.>, so no answer arrives; grant it, or set NATS_INBOX_PREFIX"
 
     def _changed(self, is_connected: bool, why: str) -> None:
         if self._is_closing:
@@ -164,13 +211,16 @@ class Connection:
         if is_connected:
             if not self.connected.is_set():
                 log.info("NATS connected")
+            self._is_refused = False
             self.connected.set()
         else:
             if self.connected.is_set() or why != self.last_error:
-                log.warning("NATS at %s: %s", ", ".join(map(without_password, self._servers)), why)
+                log.warning("NATS at %s: %s", self._config.shown, why)
             self.connected.clear()
             if self.on_lost is not None:
                 self.on_lost()
         self.last_error = why
         if self._on_change is not None:
             self._on_change(is_connected, why)
+            if is_connected and self._standing:  # the subscriptions were refused before we called it connected
+                self._on_change(False, self._standing)

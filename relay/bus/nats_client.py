@@ -8,21 +8,27 @@ from __future__ import annotations
 import logging
 import os
 import re
+import ssl
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import nats.aio.client
 import nats.errors
 import nats.protocol.parser
 from nats.aio.client import Client
 
+from relay.bus.access import Access
+from relay.bus.config import BusConfig, without_password
 from relay.bus.messages import NO_HEADERS, FixedHeaders, Msg, Publication, header_block
-from relay.errors import BusRefused, BusUnavailable
+from relay.errors import BusRefused, BusUnavailable, ConfigError
+
+__all__ = ["AccessUnusable", "TamedClient", "in_words", "is_hangup", "is_refusal", "without_password"]
+
+T = TypeVar("T")
 
 log = logging.getLogger("relay.bus")
 
 CONNECT_TIMEOUT_SECONDS = 5
-
-PASSWORD_REFUSED = "user name or password was refused; check NATS_URL"
 
 READ_BYTES = 256 * 1024
 """At a time. nats-py's 32 KiB hold eight mails: each piece costs a turn of the loop, and mostly cuts a mail in two."""
@@ -111,6 +117,10 @@ class _Parser(nats.protocol.parser.Parser):
         self._rest += data[here:]
 
 
+class AccessUnusable(nats.errors.Error):
+    """What is to be presented to the server cannot be had, or the server does not offer TLS; the text says why."""
+
+
 class TamedClient(Client):
     """nats-py's client, but one message that cannot be decoded costs only itself, and none takes a detour.
 
@@ -119,10 +129,14 @@ class TamedClient(Client):
     into a queue for a task of its subscription, and makes coroutines of each publication; here a handler gets the
     message as it is read, and publications are bytes that go to the transport in one write. nats-py's ``stats`` count
     neither.
+
+    Credentials and certificates are read anew for each connection. nats-py goes on in clear text when the server does
+    not ask for TLS, whatever the URL says: whoever is in between would get the password by leaving that out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access | None = None) -> None:
         super().__init__()
+        self._access = access or Access(BusConfig(""))
         self._ps = _Parser(self)
         self.handlers: dict[int, Callable[[Msg], None]] = {}
         """Of which subscription, by nats-py's number for it."""
@@ -212,11 +226,59 @@ class TamedClient(Client):
             self._transport.writelines(unsent)
         return 0
 
-    async def _attempt_reconnect(self) -> None:
-        """Reconnects at once. nats-py would first close politely, and wait until all is written to who may be gone."""
+    def login_options(self) -> dict[str, Any]:
+        """What ``connect`` is to be told: functions, which it calls for each connection."""
+        access, config = self._access, self._access.config
+        options: dict[str, Any] = {"tls_handshake_first": config.tls_first}
+        if config.creds_file:
+            options |= {"user_jwt_cb": lambda: _usable(access.jwt), "signature_cb": self._sign}
+        elif config.nkey_seed_file:
+            options["signature_cb"] = self._sign
+        elif config.user:
+            options |= {"user": lambda: config.user, "password": lambda: _usable(access.password)}
+        elif config.token_file:
+            options["token"] = lambda: _usable(access.token)
+        return options
+
+    def _sign(self, nonce: str) -> bytes:
+        signature = _usable(lambda: self._access.sign(nonce))
+        self._public_nkey = signature.public_key  # it may be another one than at the last connection
+        return signature.base64
+
+    @property
+    def ssl_context(self) -> ssl.SSLContext:
+        return _usable(self._access.tls_context)
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if initial_connection and self._access.config.requires_tls and not info.get("tls_required"):
+            if not info.get("tls_available"):
+                raise AccessUnusable("it offers no TLS, which our settings ask for; nothing was said to it")
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+    async def _process_connect_init(self) -> None:
+        """Leaves at once what could not be set up.
+
+        nats-py would wait for its end, and where TLS has failed, asyncio tells that to nobody: for ever.
+        """
+        transport: Any = self._transport
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            self._abort()
+            transport._io_reader = transport._io_writer = None
+            raise
+        if transport._io_writer.get_extra_info("ssl_object") is not None:  # or asyncio warns at every end of it
+            transport._io_writer.transport.get_protocol()._over_ssl = True
+
+    def _abort(self) -> None:
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
+
+    async def _attempt_reconnect(self) -> None:
+        """Reconnects at once. nats-py would first close politely, and wait until all is written to who may be gone."""
+        self._abort()
         await super()._attempt_reconnect()
 
     @staticmethod
@@ -230,18 +292,56 @@ class TamedClient(Client):
         return found
 
 
+def _usable(read: Callable[[], T]) -> T:
+    """As nats-py takes errors for it to try again after a while."""
+    try:
+        return read()
+    except ConfigError as error:
+        raise AccessUnusable(str(error)) from error
+
+
 def in_words(error: BaseException) -> str:
     """One line for an error of nats-py or the operating system; several have an empty ``str``."""
     if isinstance(error, TimeoutError):
         return "timed out"
     if isinstance(error, nats.errors.OutboundBufferLimitError | nats.errors.ConnectionClosedError):
         return "not connected"
-    if isinstance(error, nats.errors.AuthorizationError) or "authorization violation" in str(error).lower():
-        return PASSWORD_REFUSED
+    if isinstance(error, nats.errors.AuthorizationError):
+        return "authorization violation"
+    if isinstance(error, ssl.SSLError):
+        return _tls_in_words(error)
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno).lower()
     text = str(error).removeprefix("nats: ").strip().strip("'")
+    if "expecting INFO" in text:
+        return "it closed the connection and said nothing; if it waits for TLS, set NATS_TLS_FIRST"
     return text or type(error).__name__
+
+
+def _tls_in_words(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        told = error.verify_message.rstrip(".")
+        told = told[:1].lower() + told[1:]
+        if "mismatch" in told:
+            return f"its certificate is another host's: {told}; NATS_URL has to name the server as the certificate does"
+        if "expired" in told or "not yet valid" in told:
+            return f"its certificate is not valid now: {told}; renew it on the server, and check this host's clock"
+        return f"its certificate is not trusted: {told}; set NATS_CA to a file with the CA that signed it"
+    reason = str(error.reason or "").upper()
+    if "ALERT" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE")):
+        told = reason.partition("ALERT_")[2].replace("_", " ").lower()
+        return f"it does not accept our certificate ({told}); check NATS_CERT and NATS_KEY"
+    if reason in {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"}:
+        return "it does not begin with TLS; unset NATS_TLS_FIRST, or set handshake_first on the server"
+    return f"TLS failed: {reason.replace('_', ' ').lower() or 'no reason given'}"
+
+
+_REFUSALS = re.compile(r"authorization violation|authentication (?:expired|revoked|timeout)", re.IGNORECASE)
+
+
+def is_refusal(error: BaseException | None) -> bool:
+    """Whether NATS refuses who we say we are."""
+    return isinstance(error, nats.errors.AuthorizationError) or bool(_REFUSALS.search(str(error or "")))
 
 
 def is_hangup(error: Exception) -> bool:
@@ -249,8 +349,3 @@ def is_hangup(error: Exception) -> bool:
     if isinstance(error, ConnectionRefusedError):
         return False
     return isinstance(error, ConnectionError | nats.errors.UnexpectedEOF)
-
-
-def without_password(url: str) -> str:
-    """The URL, or several separated by commas, as it may be shown: user and password left out, whatever they hold."""
-    return ",".join(re.sub(r"//.*@", "//", part) for part in url.split(","))

@@ -103,6 +103,7 @@ class Outbox:
         """Publications that could not be handed to NATS since the process started."""
         connection.on_lost = self._on_lost
         connection.on_denied = self._on_denied
+        connection.on_inbox_refused = self._on_inbox_refused
 
     @property
     def waiting(self) -> int:
@@ -153,7 +154,7 @@ class Outbox:
         self._next_number += 1
         inbox = f"{self._inbox}{self._next_number}"
         asked = (publication.nats_subject, asker, place)
-        error = self._put(publication, inbox)
+        error = self._no_inbox() if self._connection.inbox_refused else self._put(publication, inbox)
         if error is None:
             self._pending[inbox] = asked
         else:
@@ -180,7 +181,7 @@ class Outbox:
         self._fail_all(BusUnavailable("the connection to NATS was closed"))
         self._set_alarm(math.inf)
 
-    def _fail_all(self, error: BusUnavailable) -> None:
+    def _fail_all(self, error: BusUnavailable | BusRefused) -> None:
         waiting, self._pending = self._pending, {}
         for asked in waiting.values():
             _fail(asked, error)
@@ -243,6 +244,12 @@ class Outbox:
             if denied.lower() == nats_subject.lower():
                 del self._pending[inbox]
                 _fail(asked, BusRefused(f"this user may not publish to {denied}; grant it in NATS", DENIED))
+
+    def _on_inbox_refused(self) -> None:
+        self._fail_all(self._no_inbox())
+
+    def _no_inbox(self) -> BusRefused:
+        return BusRefused(self._connection.inbox_words, DENIED)
 
     def write(self) -> None:
         """Has the client write what was put. Never waits."""

@@ -13,7 +13,7 @@ import gevent
 import orjson
 from gevent.event import Event
 
-from relay.bus.client import Bus, Msg, Publication
+from relay.bus.client import Bus, BusConfig, Msg, Publication
 from relay.bus.micro import NAME
 from relay.errors import BusRefused, BusUnavailable
 
@@ -42,6 +42,8 @@ class _Stats:
         self._wanted = set(wanted)
         self.here: dict[str, dict[str, Any]] = {}
         self.elsewhere = 0
+        self.refusal = ""
+        """Why this user gets no answers."""
         self.done = Event()
 
     def take(self, msg: Msg) -> bool:
@@ -58,13 +60,15 @@ class _Stats:
             self.elsewhere += 1
         return False
 
-    def fail(self, _error: BusUnavailable | BusRefused) -> None:
+    def fail(self, error: BusUnavailable | BusRefused) -> None:
+        if isinstance(error, BusRefused):
+            self.refusal = str(error)
         self.done.set()
 
 
-def gather(nats_url: str, workers: Iterable[tuple[str, int]]) -> Fleet:
+def gather(config: BusConfig, workers: Iterable[tuple[str, int]]) -> Fleet:
     """The figures of ``workers`` (program, pid); returns within about 0.7 s, but for slow name resolution."""
-    bus = Bus(nats_url, "relayctl")
+    bus = Bus(config, "relayctl")
     bus.start()
     try:
         if not bus.wait_connected(CONNECT_SECONDS):
@@ -74,7 +78,7 @@ def gather(nats_url: str, workers: Iterable[tuple[str, int]]) -> Fleet:
         stats.done.wait(ANSWER_SECONDS)
         gevent.sleep(ELSEWHERE_SECONDS)
         bus.forget(token)
-        return Fleet("", bus.server_version, stats.here, stats.elsewhere)
+        return Fleet(stats.refusal, bus.server_version, stats.here, stats.elsewhere)
     finally:
         bus.close(0.2)
 

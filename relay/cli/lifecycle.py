@@ -12,8 +12,9 @@ from relay.cli.terminal import console, current_settings, current_supervision, f
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.devstack import DEFAULTS as DEV_DEFAULTS
 from relay.ops.devstack import DevStack
+from relay.ops.foreground import stay
 from relay.ops.supervision import ProgramStatus, Supervision, cannot_work, has_failed
-from relay.settings import child_environment, unknown_names
+from relay.settings import captured, child_environment, unknown_names
 
 START_TIMEOUT_SECONDS = 60.0
 STOP_MARGIN_SECONDS = 35.0
@@ -35,16 +36,18 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
     """
     for name in unknown_names():
         click.echo(f"warning: the setting {name} is not known and has no effect", err=True)
-    settings = current_settings(DEV_DEFAULTS if dev else None)
+    defaults = DEV_DEFAULTS if dev else {}
+    settings = current_settings(defaults)
+    is_for_eyes = foreground and settings.log_format == "auto" and sys.stdout.isatty()
+    forced = {"LOG_FORMAT": "text"} if is_for_eyes else {}
     try:
         stack = DevStack(settings) if dev else None
         supervision = Supervision(settings.relay_state_dir)
-        command = supervision.prepare(settings, stack, foreground=foreground)
-        environment = child_environment(DEV_DEFAULTS if dev else {}, RELAY_STATE_DIR=str(supervision.state_dir))
+        values = captured(defaults, **forced)
+        command = supervision.prepare(settings, stack, values, foreground=foreground, forced=forced)
+        environment = child_environment(defaults, RELAY_STATE_DIR=str(supervision.state_dir), **forced)
         if foreground:
-            if settings.log_format == "auto" and sys.stdout.isatty():
-                environment["LOG_FORMAT"] = "text"
-            sys.exit(supervision.stay(command, environment))
+            sys.exit(stay(supervision, command, environment))
         supervision.launch(command, environment)
         statuses = _wait_ready(supervision, timeout)
     except RelayError as error:
@@ -58,18 +61,30 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
 
 @click.command()
 @click.option("--timeout", type=float, help="Seconds to wait for the end. Default: DRAIN_SECONDS and 35.")
-def stop(timeout: float | None) -> None:
-    """Stops the relay; what is in flight is finished first.
+@click.option(
+    "--drain",
+    type=click.FloatRange(min=0),
+    help="Seconds to finish what is in flight, if less than DRAIN_SECONDS; what is cut then is in doubt.",
+)
+@click.option("--kill", is_flag=True, help="After the timeout kill what still runs: what it had is lost, unrecorded.")
+def stop(timeout: float | None, drain: float | None, kill: bool) -> None:
+    """Stops the relay; what is in flight is finished first, for up to DRAIN_SECONDS.
 
-    Example: relayctl stop
+    What is not finished then is answered and recorded as in doubt. Exits 1 when something still runs after the timeout,
+    which is named; it goes on ending.
+
+    Example: relayctl stop --drain 5
     """
     supervision = current_supervision()
     try:
         drain_seconds = float(supervision.started().get("drain_seconds", 0))
-        supervision.stop(timeout or drain_seconds + STOP_MARGIN_SECONDS)
+        if drain is not None:
+            drain_seconds = min(drain, drain_seconds)
+        seconds = drain_seconds + STOP_MARGIN_SECONDS if timeout is None else timeout
+        killed = supervision.stop(seconds, drain_seconds=drain, is_kill=kill)
     except RelayError as error:
         fail(error)
-    click.echo("stopped")
+    click.echo(f"stopped, and killed: {', '.join(killed)}" if killed else "stopped")
 
 
 def _wait_ready(supervision: Supervision, timeout_seconds: float) -> list[ProgramStatus]:

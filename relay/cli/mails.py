@@ -19,7 +19,7 @@ from rich.text import Text
 
 from relay import contract
 from relay.cli.request import ask, escaped_html, text_or_file
-from relay.cli.terminal import console, current_settings, fail, json_option, nats_url, plain, print_json
+from relay.cli.terminal import console, current_settings, fail, json_option, nats_config, plain, print_json
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.catcher import CaughtMail, caught_mails
 
@@ -201,7 +201,7 @@ def _save_html(html: str, path: str) -> None:
 
 def _ask(nats_subject: str, request: dict[str, Any], timeout_seconds: float) -> Any:
     try:
-        return ask(nats_url(current_settings()), nats_subject, request, timeout_seconds)
+        return ask(nats_config(current_settings()), nats_subject, request, timeout_seconds)
     except RelayError as error:
         fail(error)
 

@@ -13,10 +13,13 @@ import sys
 import click
 
 from relay import __version__
+from relay.cli.doctor import doctor
 from relay.cli.lifecycle import start, stop
 from relay.cli.mails import analytics, inbox, send, track
+from relay.cli.metrics import metrics
 from relay.cli.parked import parked
 from relay.cli.records import events, export
+from relay.cli.rolling import reload, restart, scale
 from relay.cli.setup import check, completion, settings
 from relay.cli.terminal import fail
 from relay.cli.upkeep import buckets, erase, repair
@@ -27,7 +30,11 @@ from relay.settings import apply_env_file
 COMMANDS = (
     start,
     stop,
+    restart,
+    scale,
+    reload,
     status,
+    metrics,
     logs,
     send,
     track,
@@ -36,6 +43,7 @@ COMMANDS = (
     export,
     inbox,
     check,
+    doctor,
     buckets,
     repair,
     erase,

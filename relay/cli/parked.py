@@ -27,7 +27,7 @@ from relay.cli.terminal import (
     fail,
     interruptible,
     json_option,
-    nats_url,
+    nats_config,
     plain,
     print_json,
     say,
@@ -75,7 +75,7 @@ def parked() -> None:
 
 
 def _storage() -> AbstractContextManager[JetStream]:
-    return tracking_storage(nats_url(current_settings()))
+    return tracking_storage(nats_config(current_settings()))
 
 
 def _check_which(numbers: Sequence[int], is_all: bool) -> None:

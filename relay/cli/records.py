@@ -21,7 +21,7 @@ from relay.cli.part_file import Mark, PartFile
 from relay.cli.progress import progress_bar
 from relay.cli.request import tracking_storage
 from relay.cli.stopping import command_line, stoppable
-from relay.cli.terminal import Interrupted, current_settings, fail, interruptible, nats_url, plain, say
+from relay.cli.terminal import Interrupted, current_settings, fail, interruptible, nats_config, plain, say
 from relay.errors import EXIT_FAILED, BusRefused, BusUnavailable, RelayError, SubmissionRejected
 from relay.tracking.cursors import Place, decode_cursor, encode_cursor
 from relay.tracking.export import FORMATS, Rows, look, rows
@@ -70,7 +70,7 @@ def events(follow: bool, group_id: str, since: float | None, as_json_: bool) -> 
     show = _show_json if as_json_ else _show_text
     link = _Link() if follow else None
     try:
-        with interruptible(), tracking_storage(nats_url(current_settings()), link) as jetstream:
+        with interruptible(), tracking_storage(nats_config(current_settings()), link) as jetstream:
             token, only = _where(jetstream, group_id, must_exist=not follow)
             found = _followed(jetstream, token, since) if follow else _kept(jetstream, token, since)
             count = 0
@@ -183,7 +183,7 @@ def export(group_id: str, format_name: str, output: str | None, cursor: str) -> 
 
     Example: relayctl export spring-newsletter --format csv --output spring.csv
     """
-    with stoppable(), tracking_storage(nats_url(current_settings())) as jetstream:
+    with stoppable(), tracking_storage(nats_config(current_settings())) as jetstream:
         reader = GroupReader(jetstream)
         glance = look(reader, group_id)
         place, mark = _where_it_stopped(cursor, group_id, glance.log_made_at, must_have_mark=output is not None)

@@ -12,7 +12,7 @@ import click
 import orjson
 
 from relay import contract
-from relay.bus.client import Bus, Publication, without_password
+from relay.bus.client import Bus, BusConfig, Publication
 from relay.bus.jetstream import STREAM_NOT_FOUND, JetStream
 from relay.cli.terminal import fail, say
 from relay.errors import BusRefused, BusUnavailable
@@ -22,15 +22,14 @@ CONNECT_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def connected(url: str, on_change: Callable[[bool, str], None] | None = None) -> Iterator[Bus]:
+def connected(config: BusConfig, on_change: Callable[[bool, str], None] | None = None) -> Iterator[Bus]:
     """A connection for one command. Raises ``BusUnavailable``, with what to do."""
-    bus = Bus(url, "relayctl", on_change)
+    bus = Bus(config, "relayctl", on_change)
     bus.start()
     try:
         if not bus.wait_connected(CONNECT_SECONDS):
             raise BusUnavailable(
-                f"NATS at {without_password(url)} cannot be reached ({bus.last_error or 'no answer'}); start it, or set"
-                " NATS_URL"
+                f"NATS at {config.shown} cannot be reached ({bus.last_error or 'no answer'}); start it, or set NATS_URL"
             )
         yield bus
     finally:
@@ -38,10 +37,10 @@ def connected(url: str, on_change: Callable[[bool, str], None] | None = None) ->
 
 
 @contextlib.contextmanager
-def tracking_storage(url: str, on_change: Callable[[bool, str], None] | None = None) -> Iterator[JetStream]:
+def tracking_storage(config: BusConfig, on_change: Callable[[bool, str], None] | None = None) -> Iterator[JetStream]:
     """JetStream for one command. What stops it is one sentence and exit code 1; an old server is named."""
     try:
-        with connected(url, on_change) as bus:
+        with connected(config, on_change) as bus:
             jetstream = JetStream(bus)
             if jetstream.server_problem:
                 say(f"warning: {jetstream.server_problem}")
@@ -63,12 +62,12 @@ def _what_to_do(error: BusRefused) -> str:
     return str(error)
 
 
-def ask(url: str, nats_subject: str, request: Mapping[str, Any], timeout_seconds: float) -> Any:
+def ask(config: BusConfig, nats_subject: str, request: Mapping[str, Any], timeout_seconds: float) -> Any:
     """Sends the request as JSON and gives the reply's JSON.
 
     Raises ``BusUnavailable`` and ``BusRefused``, each with what to do.
     """
-    with connected(url) as bus:
+    with connected(config) as bus:
         try:
             answer = bus.request(Publication(nats_subject, orjson.dumps(request)), timeout_seconds)
         except BusRefused as error:

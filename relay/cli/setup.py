@@ -22,6 +22,7 @@ def check(as_json_: bool) -> None:
 
     Exits 1 when it could not. What it could run without is a warning. Asks about the relay that runs in the state
     directory, where there is one. Makes the buckets and the log when they are missing, as the first worker would.
+    `relayctl doctor` asks more, changes nothing, and looks at a running relay too.
 
     Example: relayctl check
     """
@@ -78,4 +79,5 @@ def _line(finding: Finding) -> Text:
         mark, style = "ok", "green"
     else:
         mark, style = ("warning", "yellow") if finding.is_warning else ("failed", "red")
-    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<15} ", "bold"), plain(finding.detail))
+    told = f"{finding.detail}; {finding.remedy}" if finding.remedy else finding.detail
+    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<15} ", "bold"), plain(told))

@@ -15,7 +15,7 @@ from rich.text import Text
 from relay.bus.client import without_password
 from relay.bus.jetstream import old_server_problem
 from relay.cli.fleet import Fleet, gather
-from relay.cli.terminal import plain
+from relay.cli.terminal import nats_config_of_the_relay, plain
 from relay.ops.figures import OUTCOMES
 from relay.ops.supervision import ProgramStatus, Supervision, is_worker
 
@@ -102,7 +102,7 @@ def take_snapshot(supervision: Supervision) -> Snapshot:
     statuses = supervision.statuses()
     started = supervision.started()
     workers = [(status.name, status.pid) for status in statuses if status.report is not None and is_worker(status.name)]
-    return Snapshot(supervision.state_dir, started, statuses, gather(str(started.get("nats_url", "")), workers))
+    return Snapshot(supervision.state_dir, started, statuses, gather(nats_config_of_the_relay(supervision), workers))
 
 
 def as_json(snapshot: Snapshot) -> dict[str, Any]:

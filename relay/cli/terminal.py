@@ -6,16 +6,33 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import orjson
+from pydantic import SecretStr
 from rich.console import Console
 
+from relay.bus.config import BusConfig, without_password
 from relay.errors import EXIT_CONFIG, EXIT_FAILED, ConfigError, RelayError
+from relay.ops.orders import SettingsGone, read_settings
+from relay.ops.parts import bus_config
 from relay.ops.supervision import Supervision
-from relay.settings import Settings, load_settings
+from relay.settings import TRUE_WORDS, Settings, load_settings
+
+NATS_LOGIN = (
+    "nats_creds",
+    "nats_nkey_seed_file",
+    "nats_user",
+    "nats_password",
+    "nats_password_file",
+    "nats_token_file",
+    "nats_inbox_prefix",
+)
+NATS_TLS = ("nats_ca", "nats_cert", "nats_key", "nats_tls_first")
+"""Settings that mean something together: one of them set here, and none of the others is taken from elsewhere."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -75,7 +92,9 @@ def settings_of_the_running_relay() -> Settings:
         return current_settings()
     started = supervision.started()
     names = ("nats_url", "port", "smtp_host", "smtp_port", "email_enabled")
-    return current_settings({name.upper(): str(started[name]) for name in names if name in started})
+    here = current_settings()
+    nats = {name.upper(): value for name, value in _nats_as_started(started, _not_said(here)).items() if value}
+    return current_settings(nats | {name.upper(): str(started[name]) for name in names if name in started})
 
 
 def current_supervision() -> Supervision:
@@ -83,11 +102,63 @@ def current_supervision() -> Supervision:
     return Supervision(current_settings().relay_state_dir)
 
 
-def nats_url(settings: Settings) -> str:
-    """NATS_URL where it is set, else what the relay in the state directory was started with, else the default."""
+def nats_config(settings: Settings) -> BusConfig:
+    """NATS as this environment says; where it names none, that of the relay in the state directory.
+
+    Another login than the relay's may be set here by itself: an operator's.
+    """
+    return _nats(settings, _not_said(settings))
+
+
+def nats_config_of_the_relay(supervision: Supervision) -> BusConfig:
+    """NATS as the relay in the state directory has it, whichever this environment names; with the login set here."""
+    settings = current_settings()
+    is_another = "nats_url" in settings.model_fields_set and settings.nats_url != supervision.started().get("nats_url")
+    return _nats(settings, ("nats_url", *NATS_LOGIN, *NATS_TLS) if is_another else _not_said(settings))
+
+
+def _not_said(settings: Settings) -> tuple[str, ...]:
+    """Of NATS, what this environment leaves to the relay in the state directory."""
     if "nats_url" in settings.model_fields_set:
-        return settings.nats_url
-    return str(Supervision(settings.relay_state_dir).started().get("nats_url", settings.nats_url))
+        return ()
+    groups = (group for group in (NATS_LOGIN, NATS_TLS) if settings.model_fields_set.isdisjoint(group))
+    return ("nats_url", *(name for group in groups for name in group))
+
+
+def _nats(settings: Settings, names: Collection[str]) -> BusConfig:
+    """Of the settings ``names`` as the relay was started with, the others as they are here."""
+    started = Supervision(settings.relay_state_dir).started()
+    if not started:
+        return bus_config(settings)
+    update: dict[str, Any] = {}
+    for name, text in _nats_as_started(started, names).items():
+        default = Settings.model_fields[name].default
+        if isinstance(default, SecretStr):
+            update[name] = SecretStr(text)
+        elif isinstance(default, bool):
+            update[name] = text.lower() in TRUE_WORDS
+        else:
+            update[name] = text or default
+    return bus_config(settings.model_copy(update=update))
+
+
+def _nats_as_started(started: Mapping[str, Any], names: Collection[str]) -> dict[str, str]:
+    """Those settings, '' for what was not set; files by their whole names. Where none are asked for, none."""
+    if not names:
+        return {}
+    arrangement = started.get("arrangement") or {}
+    files = [each["settings"] for each in arrangement.get("programs") or () if each.get("settings")]
+    try:
+        kept = read_settings(Path(files[0] if files else ""))
+    except SettingsGone:
+        kept = {}
+    kept.setdefault("NATS_URL", str(started.get("nats_url", "")))
+    directory = Path(str(arrangement.get("directory", "")))
+    found = {name: kept.get(name.upper(), "") for name in names}
+    if "nats_creds" not in found:  # another login is said here
+        found["nats_url"] = without_password(found.get("nats_url", ""))
+    no_files = {"nats_url", "nats_user", "nats_password", "nats_inbox_prefix", "nats_tls_first"}
+    return {name: str(directory / text) if text and name not in no_files else text for name, text in found.items()}
 
 
 def fail(error: RelayError) -> NoReturn:

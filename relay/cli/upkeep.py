@@ -25,7 +25,7 @@ from relay.cli.terminal import (
     current_settings,
     fail,
     json_option,
-    nats_url,
+    nats_config,
     plain,
     print_json,
     say,
@@ -60,7 +60,7 @@ def buckets(as_json_: bool) -> None:
     Example: relayctl buckets
     """
     settings = current_settings()
-    with tracking_storage(nats_url(settings)) as jetstream:
+    with tracking_storage(nats_config(settings)) as jetstream:
         condition = inspect(jetstream, storage_config(settings))
     if as_json_:
         print_json(_condition_json(condition))
@@ -192,7 +192,7 @@ def _walk(group_id: str | None, min_age_seconds: float, as_json_: bool, *, is_ch
 
     Over a connection of its own: nobody keeps one alive while the operator thinks.
     """
-    with tracking_storage(nats_url(current_settings())) as jetstream:
+    with tracking_storage(nats_config(current_settings())) as jetstream:
         work = Repair(jetstream, group_id, min_age_seconds=min_age_seconds)
         with progress_bar("repairing" if is_changing else "looking", work.total) as advance:
             stopped = _run_to_its_end(partial(work.mend if is_changing else work.look, advance))
@@ -319,7 +319,7 @@ def erase(email_id: str, yes: bool, as_json_: bool) -> None:
 
 
 def _fields_to_erase(email_id: str) -> list[str]:
-    with tracking_storage(nats_url(current_settings())) as jetstream:
+    with tracking_storage(nats_config(current_settings())) as jetstream:
         entry = Bucket(jetstream, contract.RECIPIENTS_BUCKET).get_from_leader(email_id)
     if entry is None:
         fail(RelayError(f"mail {email_id}: {contract.NOT_FOUND}"))
@@ -338,7 +338,7 @@ def _erase(email_id: str) -> tuple[str, str]:
 
     When it was erased; and until when the reply to its request may be kept elsewhere, '' when it is not.
     """
-    with tracking_storage(nats_url(current_settings())) as jetstream:
+    with tracking_storage(nats_config(current_settings())) as jetstream:
         bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         config = jetstream.stream_info(bucket.stream).config
         has_history = config.get("max_msgs_per_subject") != 1

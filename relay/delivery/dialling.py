@@ -68,6 +68,7 @@ class Dialler:
         """Open a session with this host and use it from now on, or set it aside. Raises ``OpeningFailed``."""
         try:
             session = self._dial(host)
+            session.host = host
         except OpeningFailed as error:
             if self.hosts.failed(host, error.outcome.detail, time.monotonic()) and len(self._config.hosts) > 1:
                 log.warning("set aside: %s", without_addresses(str(error)))

@@ -116,6 +116,11 @@ class Rate:
         self._change(taken or UNKNOWN_PER_SECOND, now)
         return True
 
+    def scale(self, factor: float, now: float) -> None:
+        """From now on ``factor`` times the limit that was set, and of what was found out."""
+        self._ceiling *= factor
+        self._change(self.current * factor, now)
+
     def _taken_per_second(self, now: float) -> float:
         self._turn_to(int(now / BIN_SECONDS))
         # Smarthosts count by the second: what they took in the first part of one may have been all of it.

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from relay.delivery.channel import Channel, ChannelTimeout
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
 from relay.delivery.reply import Extensions, Reply, ReplyBuffer, plain_250, remote_id_in
 from relay.delivery.trouble import (
@@ -50,6 +50,9 @@ from relay.errors import ProtocolViolation
 
 MAX_GROUP_BYTES: Final = 16384
 """Commands in one pipelined write: more might fill both directions' buffers and block for ever (RFC 2920 §3.1)."""
+
+WAITED_SECONDS: Final = 1.0
+"""A connection whose first mail comes later than this has waited, and may have been given up by the peer meanwhile."""
 
 LARGE_CONTENT_BYTES: Final = 65536
 """More than that is still being sent when a server that has read its beginning refuses it; it is made ready piece by
@@ -80,8 +83,8 @@ class Ending(NamedTuple):
     """Whether the session was not to be given back but used again at once: for ``await_dot``, or for another
     transaction for the rest of the recipients, which is all that there is to do about the trouble."""
     is_stale: bool
-    """Whether it failed on its first command because the peer had already hung up on this reused connection: nothing
-    has been tried yet, so the mail may go out again at once."""
+    """Whether it failed on its first command because the peer had already hung up on this connection, which was reused
+    or had waited for a mail: nothing has been tried yet, so the mail may go out again at once."""
 
 
 class _NotCommitted(Exception):
@@ -127,6 +130,8 @@ class Session:
         self._is_large = False
         self.is_reusable = True
         """Whether another transaction may follow; not while one is under way."""
+        self.host: Host | None = None
+        """Whose it is; kept by the dialler."""
         self.opened_at = time.monotonic()
         self.idle_since = self.opened_at
         """Kept by the pool."""
@@ -551,7 +556,9 @@ class Session:
         self, error: _Goodbye | OSError | ProtocolViolation, results: list[Outcome], deadline: float
     ) -> None:
         """The connection is of no more use: that ends the transaction for everyone who is still in it."""
-        is_untouched = self.transactions > 1 and not self._has_reply
+        # One that nobody needed after all waits for its first mail as others do for their next.
+        has_waited = self.transactions > 1 or self.began_at - self.idle_since >= WAITED_SECONDS
+        is_untouched = has_waited and not self._has_reply
         if isinstance(error, _Goodbye):
             self._is_broken = True
             self._is_stale = is_untouched

@@ -16,6 +16,7 @@ as long as the circuit is closed:
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import random
 import time
@@ -24,7 +25,7 @@ from typing import Any, Final
 
 import gevent
 
-from relay.delivery.config import SmarthostConfig
+from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import OpeningFailed
 from relay.delivery.guard import Guard
 from relay.delivery.outcome import Outcome, Phase, State
@@ -33,6 +34,8 @@ from relay.delivery.rate import Rate
 from relay.delivery.session import Commit, Ending, Session
 from relay.delivery.trouble import LocalFailure, Remedy, classify_local, failed_here
 from relay.errors import EgressUnavailable, PoolClosed, PoolTimeout, RateTimeout
+from relay.histogram import Histogram
+from relay.journey import TRANSACTION, WAIT, Follower
 
 log = logging.getLogger("relay.delivery")
 
@@ -57,12 +60,13 @@ Settled = Callable[[list[Outcome]], None]
 class Smarthost:
     """Hands mails over to one smarthost. Any number of greenlets of one thread may use it."""
 
-    def __init__(self, config: SmarthostConfig, *, default_sender: str = "") -> None:
+    def __init__(self, config: SmarthostConfig, *, default_sender: str = "", follower: Follower | None = None) -> None:
         """``default_sender`` is the reverse-path of mails that name no sender; connects only when first needed.
 
-        Raises ``ConfigError`` when the TLS settings cannot be used.
+        ``follower`` is told of each wait and each transaction. Raises ``ConfigError`` for unusable TLS settings.
         """
         self._config = config
+        self._follower = follower
         self._rate = Rate(config.max_recipients_per_second)
         self._pacer = Pacer(self._rate)
         self._guard = Guard(config, default_sender, self._pacer.refuse)
@@ -74,6 +78,10 @@ class Smarthost:
         self._usual_seconds = 0.0
         """About how long a transaction takes, with its reply to the final dot."""
         self._usual_at = 0.0
+        self.pool_wait_seconds = Histogram()
+        """How long mails waited for a connection, and for their turn at the sending rate; in vain, too."""
+        self.transaction_seconds = Histogram()
+        """How long transactions took, from MAIL to the last reply, without what ``commit`` took."""
 
     def relay(
         self,
@@ -133,6 +141,11 @@ class Smarthost:
             "rate_waiting": self._pacer.waiting,
         }
 
+    def scale_rate(self, factor: float) -> None:
+        """From now on ``factor`` times the sending rate: others share it, or no longer do. Never blocks."""
+        self._rate.scale(factor, time.monotonic())
+        self._pacer.rate_changed()
+
     def close(self, deadline: float) -> None:
         """Refuse who waits, let what is busy finish until ``deadline``, then cut it. Blocks no longer than that."""
         self._pacer.close()
@@ -146,15 +159,19 @@ class Smarthost:
         """Wait for this mail's turn and for a connection. Raises ``EgressUnavailable``."""
         rate = self._rate
         was_limited = rate.is_limited
-        if was_limited:
-            self._pacer.wait(recipients, deadline, is_retry=is_retry)
-        session = self._pool.acquire(deadline)
-        if rate.is_limited and not was_limited:
-            # It queued for a connection when nothing was known of a limit yet: now it queues for its turn.
-            self._pool.hand_back(session)
-            self._pacer.wait(recipients, deadline)
+        waits_since = time.monotonic()
+        try:
+            if was_limited:
+                self._pacer.wait(recipients, deadline, is_retry=is_retry)
             session = self._pool.acquire(deadline)
-        now = time.monotonic()
+            if rate.is_limited and not was_limited:
+                # It queued for a connection when nothing was known of a limit yet: now it queues for its turn.
+                self._pool.hand_back(session)
+                self._pacer.wait(recipients, deadline)
+                session = self._pool.acquire(deadline)
+        finally:
+            now = time.monotonic()
+            self._note_wait(waits_since, now)
         if deadline - now < self._usual_seconds * ROOM_FOR_SLOWER and self._is_too_late(deadline, now):
             # The content would go out with no time left for its reply: in doubt, where "not sent" is certain now.
             self._pool.hand_back(session)
@@ -239,7 +256,11 @@ class Smarthost:
             raise PoolTimeout("no time is left for another transaction")
         if Remedy.SLOWER in remedies:
             return self._connection(len(mail.paths), mail.deadline, is_retry=True)
-        return self._pool.acquire(mail.deadline)
+        waits_since = time.monotonic()
+        try:
+            return self._pool.acquire(mail.deadline)
+        finally:
+            self._note_wait(waits_since, time.monotonic())
 
     def _transact(
         self,
@@ -252,25 +273,40 @@ class Smarthost:
         is_probe: bool,
     ) -> tuple[list[Outcome], Ending | None]:
         """One transaction, and how it ended if not well. The session is given back unless it ``is_kept``."""
+        begun_before = session.transactions
         try:
             outcomes = session.transact(reverse_path, paths, content, deadline, commit)
             # Before the session is given back: from then on it is somebody else's.
             ending = session.ending
             began_at = session.began_at
+            has_begun = session.transactions != begun_before
+            host = session.host
         finally:
             now = time.monotonic()
             if not session.is_kept:
                 self._pool.release(session, now)
+        took_seconds = now - began_at
         if ending is None:
-            self._usual_seconds += (now - began_at - self._usual_seconds) * WEIGHT_OF_THE_LAST
+            self.transaction_seconds.observe(took_seconds)
+            self._usual_seconds += (took_seconds - self._usual_seconds) * WEIGHT_OF_THE_LAST
             self._usual_at = now
             self._count_relayed(len(outcomes), now, is_probe)
         else:
+            if has_begun and not ending.is_awaiting_dot:
+                self.transaction_seconds.observe(took_seconds)
             self._heed(outcomes, ending, now, is_probe)
+        if self._follower is not None and has_begun:
+            _tell(self._follower, host, outcomes, began_at, now)
         return outcomes, ending
 
+    def _note_wait(self, begun_at: float, ended_at: float) -> None:
+        self.pool_wait_seconds.observe(ended_at - begun_at)
+        if self._follower is not None:
+            self._follower.step(WAIT, begun_at, ended_at)
+
     def _settle_later(self, session: Session, mail: _Mail) -> None:
-        settling = gevent.spawn(self._settle, session, mail)
+        # In the context of the request that this mail is from, for the follower's sake.
+        settling = gevent.spawn(contextvars.copy_context().run, self._settle, session, mail)
         self._settling.add(settling)
         settling.link(self._settling.discard)
 
@@ -281,7 +317,11 @@ class Smarthost:
             ending = session.ending
         finally:
             now = time.monotonic()
+            began_at, host = session.began_at, session.host
+            self.transaction_seconds.observe(now - began_at)
             self._pool.release(session, now)
+        if self._follower is not None:
+            _tell(self._follower, host, outcomes, began_at, now)
         if ending is None:
             self._count_relayed(len(outcomes), now, mail.is_probe)
         else:
@@ -383,6 +423,26 @@ class _Mail:
         for place in places:
             at = place if self._places is None else self._places[place]
             self.outcomes[at] = self.outcomes[at]._replace(is_late=True)
+
+
+def _tell(follower: Follower, host: Host | None, outcomes: list[Outcome], began_at: float, ended_at: float) -> None:
+    """Tell of a transaction, by what became of the first recipient who did not get the mail, or else of the first."""
+    relayed = sum(outcome.state is State.RELAYED for outcome in outcomes)
+    decisive = next((outcome for outcome in outcomes if outcome.state is not State.RELAYED), outcomes[0])
+    is_relayed = relayed == len(outcomes)
+    follower.step(
+        TRANSACTION,
+        began_at,
+        ended_at,
+        problem="" if is_relayed else decisive.state.value,
+        host=host.name if host else None,
+        port=host.port if host else None,
+        phase=None if is_relayed else decisive.phase.value,
+        reply_code=decisive.reply_code,
+        enhanced_code=decisive.enhanced_code,
+        recipients=len(outcomes) if len(outcomes) > 1 else None,
+        relayed=relayed if len(outcomes) > 1 else None,
+    )
 
 
 def _outcome_of(error: EgressUnavailable) -> Outcome:

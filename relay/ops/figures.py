@@ -14,6 +14,7 @@ from relay import __version__
 from relay.bus.micro import MicroService
 from relay.bus.service import Gate, Service
 from relay.ops.process import Context
+from relay.ops.readings import engagement_reading, send_reading, status_reading
 
 # A worker loads only the parts that it has: another's cost it time to start, and memory (boto3: 20 MB).
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from relay.idempotency.claims import Claims
     from relay.ops.polling import Polling
     from relay.sending import Sending
+    from relay.submission.admission import Admission
     from relay.tracking.tracker import Tracker
 
 POLLED = ("received", "deleted", "undeleted", "left", "extended", "broken", "receive_failures")
@@ -38,6 +40,34 @@ CLAIMS = (
     "lost",
 )
 OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")
+
+
+def send_service(
+    context: Context,
+    sending: Sending,
+    service: Service,
+    gate: Admission,
+    smarthost: Smarthost,
+    tracker: Tracker,
+    claims: Claims,
+) -> MicroService:
+    """A send worker as a NATS micro service, not started; from now on its file tells what it counts, too."""
+    parts = (sending, service, gate, smarthost, tracker, claims)
+    context.measuring.add(lambda: send_reading(context.settings, *parts))
+    return micro_service(context, [service], lambda: send_figures(*parts))
+
+
+def engagement_service(context: Context, engagement: Engagement, polling: Polling) -> MicroService:
+    """The same of an engagement worker."""
+    parts = (engagement, polling, context.settings.engagement_pollers)
+    context.measuring.add(lambda: engagement_reading(*parts))
+    return micro_service(context, [], lambda: engagement_figures(*parts))
+
+
+def status_service(context: Context, services: Sequence[Service], off_reason: Callable[[], str]) -> MicroService:
+    """The same of a status worker."""
+    context.measuring.add(lambda: status_reading(services, off_reason()))
+    return micro_service(context, services, lambda: status_figures(services, off_reason()))
 
 
 def micro_service(
@@ -84,6 +114,7 @@ def send_figures(
             "off_reason": tracker.off_reason,
             "tracked": tracker.tracked,
             "lost": tracker.lost,
+            "owed": tracker.owed,
             "unsettled": tracker.unsettled,
         },
         "request_ids": dict.fromkeys(CLAIMS, 0) | claims.figures(),

@@ -1,7 +1,7 @@
-"""The health page: ``/livez`` and ``/readyz`` on PORT, as lfx has them.
+"""The health page: ``/livez`` and ``/readyz`` on PORT, as lfx has them, and ``/metrics`` for Prometheus.
 
 ``/livez`` is 200 while the process runs; ``/readyz`` is 200 when NATS is connected, else 503. The body of
-``/readyz`` says more, as JSON. Served by gevent's own WSGI server, meant for probes, not for the Internet.
+``/readyz`` says more, as JSON. Served by gevent's own WSGI server, meant for probes and scrapers, not for the Internet.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from gevent.pool import Pool
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from relay.errors import ConfigError
+from relay.ops.metrics import CONTENT_TYPE
 
 MAX_CONNECTIONS = 1000
 REQUEST_SECONDS = 2.0
@@ -33,10 +34,17 @@ class _Handler(WSGIHandler):  # type: ignore[misc]
 
 
 class HealthServer:
-    """Serves the page until ``stop``. ``readiness()`` gives (ready, facts for the body)."""
+    """Serves the page until ``stop``. ``readiness()`` gives (ready, facts for the body), ``metrics()`` all of that."""
 
-    def __init__(self, host: str, port: int, readiness: Callable[[], tuple[bool, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        readiness: Callable[[], tuple[bool, dict[str, Any]]],
+        metrics: Callable[[], bytes],
+    ) -> None:
         self._readiness = readiness
+        self._metrics = metrics
         self._server = WSGIServer(
             (host, port), self._answer, log=None, error_log=None, spawn=Pool(MAX_CONNECTIONS), handler_class=_Handler
         )
@@ -64,10 +72,16 @@ class HealthServer:
             is_ready, facts = self._readiness()
             status = "200 OK" if is_ready else "503 Service Unavailable"
             return _respond(start_response, status, {"status": "ok" if is_ready else "not ready", **facts})
-        return _respond(start_response, "404 Not Found", {"status": "not found; there are /livez and /readyz"})
+        if path == "/metrics":
+            return _send(start_response, "200 OK", CONTENT_TYPE, self._metrics())
+        told = {"status": "not found; there are /livez, /readyz and /metrics"}
+        return _respond(start_response, "404 Not Found", told)
 
 
 def _respond(start_response: Callable[..., Any], status: str, body: dict[str, Any]) -> list[bytes]:
-    content = orjson.dumps(body) + b"\n"
-    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(content)))])
+    return _send(start_response, status, "application/json", orjson.dumps(body) + b"\n")
+
+
+def _send(start_response: Callable[..., Any], status: str, content_type: str, content: bytes) -> list[bytes]:
+    start_response(status, [("Content-Type", content_type), ("Content-Length", str(len(content)))])
     return [content]

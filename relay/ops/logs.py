@@ -30,6 +30,8 @@ EXTRA_FIELDS = (
     "compose_ms",
     "smtp_ms",
     "tracking_ms",
+    "trace_id",
+    "span_id",
 )
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from relay import contract
+from relay.bus.config import BusConfig
 from relay.bus.jetstream import JetStream
 from relay.bus.service import Gate, Handler, Service
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
 from relay.ops.logs import frequent_line
-from relay.ops.process import Context
 from relay.settings import Settings
 from relay.submission.policy import Policy
 from relay.tracking.storage import StorageConfig
@@ -20,7 +20,26 @@ if TYPE_CHECKING:
     from relay.aws.sqs import QueueConfig
     from relay.engagement import EngagementConfig
     from relay.extended import Extras
+    from relay.ops.process import Context
     from relay.tracking.tracker import Tracker
+
+
+def bus_config(settings: Settings) -> BusConfig:
+    """Where NATS is, and how to log in there."""
+    return BusConfig(
+        url=settings.nats_url,
+        creds_file=settings.nats_creds,
+        nkey_seed_file=settings.nats_nkey_seed_file,
+        user=settings.nats_user,
+        password=settings.nats_password.get_secret_value(),
+        password_file=settings.nats_password_file,
+        token_file=settings.nats_token_file,
+        ca_file=settings.nats_ca,
+        cert_file=settings.nats_cert,
+        key_file=settings.nats_key,
+        tls_first=settings.nats_tls_first,
+        inbox_prefix=settings.nats_inbox_prefix,
+    )
 
 
 def policy(settings: Settings) -> Policy:
@@ -35,8 +54,8 @@ def policy(settings: Settings) -> Policy:
     )
 
 
-def smarthost_config(settings: Settings) -> SmarthostConfig:
-    """The smarthost and its connections."""
+def smarthost_config(settings: Settings, send_workers: int = 0) -> SmarthostConfig:
+    """The smarthost and its connections; so many workers share its rate (0: RELAY_SEND_WORKERS)."""
     return SmarthostConfig(
         hosts=tuple(Host(name, port) for name, port in settings.smtp_hosts),
         username=settings.smtp_username,
@@ -50,7 +69,8 @@ def smarthost_config(settings: Settings) -> SmarthostConfig:
         max_age_seconds=settings.smtp_max_connection_age_seconds,
         max_messages=settings.smtp_max_messages_per_connection,
         # Every send worker of this host has its share: the queue group hands requests out evenly.
-        max_recipients_per_second=settings.smtp_max_recipients_per_second / settings.relay_send_workers,
+        max_recipients_per_second=settings.smtp_max_recipients_per_second
+        / (send_workers or settings.relay_send_workers),
         timeouts=Timeouts(
             connect_seconds=settings.smtp_connect_timeout_seconds,
             banner_seconds=settings.smtp_banner_timeout_seconds,
@@ -82,7 +102,9 @@ def tracker(context: Context, jetstream: JetStream) -> Tracker:
         context.presence.note("tracking", f"tracking is off: {why}" if why else "")
 
     settings = context.settings
-    return Tracker(jetstream, storage_config(settings), settings.tracking_ack_seconds, on_change=note)
+    return Tracker(
+        jetstream, storage_config(settings), settings.tracking_ack_seconds, on_change=note, follower=context.tracing
+    )
 
 
 def extras(context: Context, jetstream: JetStream) -> Extras:
@@ -105,11 +127,15 @@ def extras(context: Context, jetstream: JetStream) -> Extras:
     )
 
 
-def log_relayed() -> Callable[..., None]:
+def log_relayed(context: Context) -> Callable[..., None]:
     """The line of a relayed mail, at the price of a line that is written for every mail."""
     from relay import bookkeeping
 
-    return frequent_line(bookkeeping.log, bookkeeping.RELAYED, bookkeeping.RELAYED_FIELDS)
+    if context.tracing is None:
+        return frequent_line(bookkeeping.log, bookkeeping.RELAYED, bookkeeping.RELAYED_FIELDS)
+    ids = context.tracing.ids
+    line = frequent_line(bookkeeping.log, bookkeeping.RELAYED, (*bookkeeping.RELAYED_FIELDS, "trace_id", "span_id"))
+    return lambda *values: line(*values, *ids())
 
 
 def engagement_config(settings: Settings) -> EngagementConfig:
@@ -130,6 +156,8 @@ def queue_config(settings: Settings) -> QueueConfig:
 
 def service(context: Context, nats_subject: str, handler: Handler, gate: Gate) -> Service:
     """One subject, served as a member of the contract's queue group. Not started."""
+    if context.tracing is not None:
+        handler = context.tracing.traced(handler, nats_subject, contract.QUEUE_GROUP)
     return Service(
         context.bus,
         nats_subject=nats_subject,

@@ -41,6 +41,8 @@ class Report(NamedTuple):
     """The parts of ``reason`` by what is missing: ``nats``, ``smtp``, ``start``."""
     notes: dict[str, str]
     """What does not stop it from serving, e.g. ``tracking``: why it is off."""
+    send_workers: int = 0
+    """Of a send worker: how many it believes to share the sending rate with, itself included."""
 
 
 class Presence:
@@ -54,6 +56,7 @@ class Presence:
         self._notes: dict[str, str] = {}
         self._given_up: set[str] = set()
         self._is_draining = False
+        self._send_workers = 0
         self._exit_code = 0
         self._is_written = True
         self._write()
@@ -78,6 +81,11 @@ class Presence:
             self._notes[what] = why
         else:
             self._notes.pop(what, None)
+        self._write()
+
+    def shares(self, send_workers: int) -> None:
+        """Says how many send workers share the sending rate, as far as this one knows."""
+        self._send_workers = send_workers
         self._write()
 
     def failed(self, why: str, exit_code: int) -> None:
@@ -107,6 +115,7 @@ class Presence:
             "exit_code": self._exit_code,
             "lacking": self._lacking,
             "notes": self._notes,
+            "send_workers": self._send_workers,
         }
         partial = self._path.with_suffix(".partial")
         try:
@@ -140,6 +149,7 @@ def read_presence(state_dir: Path, program: str, pid: int) -> Report | None:
             int(told["exit_code"]),
             dict(told["lacking"]),
             dict(told["notes"]),
+            int(told.get("send_workers", 0)),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, NoReturn, Protocol
 
 import gevent
@@ -21,12 +22,19 @@ from gevent.event import Event
 from relay.bus.client import Bus, without_password
 from relay.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_TEMPORARY, ConfigError, EgressUnavailable
 from relay.ops.logs import start_logging
+from relay.ops.measuring import Measuring
+from relay.ops.orders import SettingsGone, drain_seconds, read_settings
+from relay.ops.parts import bus_config
 from relay.ops.presence import Presence
-from relay.settings import Settings, load_settings, unknown_names
+from relay.ops.readings import bus_reading
+from relay.ops.tracing import Tracing, start_tracing
+from relay.settings import Settings, adopt, load_settings, unknown_names
 
 log = logging.getLogger("relay.process")
 
 STOP_TAKING_SECONDS = 2.0
+LEAST_STOP_TAKING_SECONDS = 0.5
+"""Also for who has no time to drain: a request that NATS had sent by then is still to be answered."""
 BUS_CLOSE_SECONDS = 3.0
 SHUTDOWN_MARGIN_SECONDS = 10
 """What a worker needs at most beyond DRAIN_SECONDS: ending subscriptions, settling what was cut, closing NATS."""
@@ -45,6 +53,9 @@ class Context(NamedTuple):
     """Set when the process is asked to stop; every wait in ``start`` honours it."""
     fail: Callable[[str], None]
     """Ends the process in the usual order, with exit code 1: why it cannot go on. Another start may help."""
+    measuring: Measuring
+    tracing: Tracing | None = None
+    """None when traces are off."""
 
 
 class Worker(Protocol):
@@ -67,15 +78,21 @@ class Worker(Protocol):
 def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
     """Runs a worker until SIGTERM or SIGINT; a second one means now. Never returns.
 
-    The program's name may be given as first argument (``send-2``). Exits 0 after an orderly stop, 78
+    The program's name may be given as first argument (``send-2``), a file that outranks the environment's settings as
+    second. Exits 0 after an orderly stop, 78
     on bad settings, 75 when the worker gave up for now, 1 when it could not go on.
     """
     program = sys.argv[1] if len(sys.argv) > 1 else program
     try:
+        if len(sys.argv) > 2:
+            adopt(read_settings(Path(sys.argv[2])))
         settings = load_settings()
     except ConfigError as error:
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CONFIG)
+    except SettingsGone as error:
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
     start_logging(settings, program)
     for name in unknown_names():
         log.warning("the setting %s is not known and has no effect", name)
@@ -86,6 +103,7 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
     stop, asked = Event(), Event()
     _stop_on_signals(stop, asked)
     presence = Presence(settings.relay_state_dir, program)
+    measuring = Measuring(settings.relay_state_dir, program)
     exit_codes: list[int] = []
 
     def end(why: str, exit_code: int) -> None:
@@ -105,20 +123,28 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
         bus_deaths.append(program)
         stop.set()
 
-    bus = Bus(settings.nats_url, f"relay {program}", on_bus_change, on_bus_death)
+    bus = Bus(bus_config(settings), f"relay {program}", on_bus_change, on_bus_death)
+    tracing = start_tracing(settings, program, lambda why: presence.note("tracing", why))
     try:
-        worker = build(Context(settings, program, bus, presence, stop, lambda why: end(why, EXIT_FAILED)))
+        worker = build(
+            Context(settings, program, bus, presence, stop, lambda why: end(why, EXIT_FAILED), measuring, tracing)
+        )
     except ConfigError as error:
         log.error("%s", error)
         presence.failed(str(error), EXIT_CONFIG)
         return EXIT_CONFIG
+    measuring.add(lambda: bus_reading(program.partition("-")[0], bus))
+    measuring.start()
     bus.start()
     starting = gevent.spawn(_start, worker, bus, presence, stop, lambda why: end(why, EXIT_CONFIG))
     starting.link_exception(lambda _: stop.set())
     stop.wait()
     failure = starting.exception
     starting.kill(timeout=1)
-    _shut_down(worker, bus, presence, settings.drain_seconds)
+    _shut_down(worker, bus, presence, drain_seconds(settings.relay_state_dir, settings.drain_seconds))
+    measuring.stop()
+    if tracing is not None:
+        tracing.close()
     if isinstance(failure, EgressUnavailable) or bus_deaths:
         return EXIT_TEMPORARY
     if exit_codes:
@@ -140,12 +166,12 @@ def _start(worker: Worker, bus: Bus, presence: Presence, stop: Event, misconfigu
         log.info("ready")
 
 
-def _shut_down(worker: Worker, bus: Bus, presence: Presence, drain_seconds: float) -> None:
-    """Takes ``drain_seconds``, one record's time and less than ``SHUTDOWN_MARGIN_SECONDS`` more, whatever hangs."""
-    deadline = time.monotonic() + drain_seconds
+def _shut_down(worker: Worker, bus: Bus, presence: Presence, patience_seconds: float) -> None:
+    """Takes ``patience_seconds``, one record's time and less than ``SHUTDOWN_MARGIN_SECONDS`` more, whatever hangs."""
+    deadline = time.monotonic() + patience_seconds
     log.info("stopping: no more requests are taken")
     presence.draining()
-    worker.stop_taking(min(STOP_TAKING_SECONDS, drain_seconds))
+    worker.stop_taking(max(LEAST_STOP_TAKING_SECONDS, min(STOP_TAKING_SECONDS, patience_seconds)))
     worker.finish(max(0.0, deadline - time.monotonic()))
     bus.close(BUS_CLOSE_SECONDS)
     log.info("stopped")

@@ -1,60 +1,56 @@
-"""supervisord: which programs there are, its configuration, starting, asking and stopping it.
+"""supervisord: starting it, asking it, stopping it, and telling it which programs to run.
 
-Owns the state directory's layout: ``supervisord.conf`` and ``.sock``, ``log/<program>.log``, ``run/<program>.json``
-(presence), ``started.json`` (how it was started, for the other commands), ``nats/`` and ``caught/`` (dev stack).
+Owns the state directory's layout: ``supervisord.sock``, ``log/<program>.log``, ``run/<program>.json`` (presence),
+``change.lock``, what ``arrangement`` and ``orders`` keep, ``nats/`` and ``caught/`` (dev stack).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import fcntl
 import os
-import select
-import shlex
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 import xmlrpc.client
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from string import Template
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import orjson
 from supervisor.xmlrpc import SupervisorTransport
 
-from relay.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, RelayError
+from relay.errors import EXIT_CONFIG
+from relay.ops.arrangement import (
+    Arrangement,
+    SupervisionError,
+    is_worker,
+    log_path,
+    programs,
+    read_started,
+    told_of,
+    write_arrangement,
+)
 from relay.ops.devstack import DevStack
+from relay.ops.host import check_port_free, in_words, is_listening, wait_gone
+from relay.ops.orders import forget_drain_seconds, forget_settings, keep_settings, tell_drain_seconds, tell_send_workers
 from relay.ops.presence import Report, presence_path, read_presence
-from relay.ops.process import SHUTDOWN_MARGIN_SECONDS
 from relay.settings import Settings
 
-LOG_MAX_BYTES = "10MB"
+__all__ = ["ProgramStatus", "Supervision", "SupervisionError", "check_port_free", "is_worker"]
+
 RPC_SECONDS = 2.0
-WATCH_SECONDS = 0.5
-PIPE_BYTES = select.PIPE_BUF
+KILLED_SECONDS = 5.0
+LOCK_SECONDS = 0.2
 MAX_SOCKET_PATH_BYTES = 107
 UNFIT_CHARACTERS = frozenset('%;#"\\\r\n')
 """What supervisord's and nats-server's files would expand, cut off or end at."""
 FAILED_STATES = frozenset({"FATAL", "EXITED", "UNKNOWN", "STOPPED"})
 """supervisord's words for a program that it does not try to start any more."""
-
-
-class SupervisionError(RelayError):
-    """The programs cannot be started, asked or stopped; the text says what to do."""
-
-
-class Program(NamedTuple):
-    """One supervisord program."""
-
-    name: str
-    command: list[str]
-    priority: int
-    port: int = 0
-    """Where it listens, for programs that tell no presence (nats-server); 0 otherwise."""
+LIVE_STATES = frozenset({"STARTING", "RUNNING", "BACKOFF"})
+"""Those of a program that can be told to stop."""
 
 
 class ProgramStatus(NamedTuple):
@@ -69,29 +65,6 @@ class ProgramStatus(NamedTuple):
     is_ready: bool
 
 
-def programs(settings: Settings, dev: DevStack | None) -> list[Program]:
-    """All programs, in the order in which they start."""
-    listed: list[Program] = []
-    if dev is not None:
-        listed.append(Program("nats", dev.nats_command(), 10, port=dev.nats_port))
-        listed.append(Program("catcher", _worker("catcher", "catcher"), 10))
-    listed.extend(
-        Program(f"send-{number}", _worker("send", f"send-{number}"), 20)
-        for number in range(1, settings.relay_send_workers + 1)
-    )
-    # The first one serves the health page, and keeps the name that it has when it is the only one.
-    names = ["status", *(f"status-{number}" for number in range(2, settings.relay_status_workers + 1))]
-    listed.extend(Program(name, _worker("status", name), 30) for name in names)
-    if settings.ses_eventing_enabled:
-        listed.append(Program("engagement", _worker("engagement", "engagement"), 30))
-    return listed
-
-
-def _worker(module: str, name: str) -> list[str]:
-    # -P: or a folder named workers, wherever relayctl was called, would be run in place of ours.
-    return [sys.executable, "-P", "-m", f"workers.{module}", name]
-
-
 class Supervision:
     """The programs of one state directory."""
 
@@ -99,17 +72,25 @@ class Supervision:
         self.state_dir = state_dir.resolve()
         self._socket = self.state_dir / "supervisord.sock"
         self._conf = self.state_dir / "supervisord.conf"
-        self._started = self.state_dir / "started.json"
 
     def log_path(self, program: str) -> Path:
         """Where a program's log is kept (not in the foreground: there it goes to standard output)."""
-        return self.state_dir / "log" / f"{program}.log"
+        return log_path(self.state_dir, program)
 
     # -- start -----------------------------------------------------------------------------
-    def prepare(self, settings: Settings, dev: DevStack | None, *, foreground: bool) -> list[str]:
+    def prepare(
+        self,
+        settings: Settings,
+        dev: DevStack | None,
+        values: Mapping[str, str],
+        *,
+        foreground: bool,
+        forced: Mapping[str, str] | None = None,
+    ) -> list[str]:
         """Makes the state directory and the configuration; the command that runs supervisord.
 
-        Raises ``SupervisionError``: not writable, path too long, already running, a port is taken.
+        ``values`` are the settings as they were ``captured``, ``forced`` those of them that the environment does not
+        decide. Raises ``SupervisionError``: not writable, path too long, already running, a port is taken.
         """
         if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH_BYTES:
             raise SupervisionError(
@@ -128,31 +109,58 @@ class Supervision:
         if left := self.orphans():
             raise SupervisionError(
                 f"programs of an earlier relay still run in {self.state_dir} without their supervisord"
-                f" ({_listed(left)}); `relayctl stop` ends them"
+                f" ({in_words(left)}); `relayctl stop` ends them"
             )
         check_port_free(settings.relay_http_host, settings.port, "PORT")
         if dev is not None:
             for setting, port in dev.ports().items():
                 check_port_free("127.0.0.1", port, setting)
-        self._write_files(settings, dev, foreground=foreground)
+        self._write_files(settings, dev, values, dict(forced or {}), foreground=foreground)
         command = [sys.executable, "-P", "-W", "ignore", "-m", "supervisor.supervisord", "-c", str(self._conf)]
         if os.geteuid() == 0:
             command += ["--user", "root"]
         return command
 
-    def _write_files(self, settings: Settings, dev: DevStack | None, *, foreground: bool) -> None:
-        try:
+    def _write_files(
+        self,
+        settings: Settings,
+        dev: DevStack | None,
+        values: Mapping[str, str],
+        forced: dict[str, str],
+        *,
+        foreground: bool,
+    ) -> None:
+        with self.writing():
             for directory in ("log", "run"):
                 (self.state_dir / directory).mkdir(parents=True, exist_ok=True)
             if dev is not None:
                 dev.write_configuration()
-            listed = programs(settings, dev)
-            for program in listed:
-                presence_path(self.state_dir, program.name).unlink(missing_ok=True)
+            forget_settings(self.state_dir, but=())
+            kept = keep_settings(self.state_dir, values)
+            listed = programs(settings, dev, kept)
+            for path in (self.state_dir / "run").glob("*.json"):
+                path.unlink(missing_ok=True)
+            tell_send_workers(self.state_dir, settings.relay_send_workers)
+            forget_drain_seconds(self.state_dir)
             if not self._socket.is_socket():
                 self._socket.unlink(missing_ok=True)
-            self._conf.write_text(self._configuration(settings, listed, foreground=foreground))
-            self._remember(settings, listed)
+            arrangement = Arrangement(
+                programs={program.name: program for program in listed},
+                is_foreground=foreground,
+                is_dev=dev is not None,
+                directory=str(_working_directory(self.state_dir)),
+                forced=forced,
+                send_workers=settings.relay_send_workers,
+                send_workers_set=settings.relay_send_workers,
+                told=told_of(settings),
+            )
+            write_arrangement(self.state_dir, arrangement)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What cannot be written to the state directory, in words. Raises ``SupervisionError``."""
+        try:
+            yield
         except OSError as error:
             raise SupervisionError(
                 f"cannot write to RELAY_STATE_DIR {self.state_dir} ({error.strerror}); set it to a directory"
@@ -173,95 +181,10 @@ class Supervision:
                 raise SupervisionError(f"supervisord did not answer; see {self.state_dir / 'log' / 'supervisord.log'}")
             time.sleep(0.05)
 
-    def stay(self, command: list[str], environment: dict[str, str]) -> int:
-        """Runs supervisord as a child until it ends; the exit code for this process, which may be PID 1.
-
-        Passes its output on (standard output may be a socket, which the programs could not open again), makes SIGTERM
-        and its like an orderly stop, reaps orphans, and ends everything when a program can never work: 78 when that
-        one exited 78, else 1.
-        """
-        reader, writer = os.pipe()
-        child = subprocess.Popen(
-            command, env=environment, stdout=writer, stderr=writer, start_new_session=True
-        )  # a session of its own: Ctrl-C reaches us alone
-        os.close(writer)
-        asked = []
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, lambda *_: asked.append(True))
-        failure = EXIT_OK
-        is_stopping = False
-        while True:
-            _pass_on(reader, WATCH_SECONDS)
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid == child.pid:
-                _pass_on(reader, 0)
-                return failure or os.waitstatus_to_exitcode(status)
-            if failure == EXIT_OK and not is_stopping:
-                failure = self._hopeless_exit_code()
-            if (asked or failure != EXIT_OK) and not is_stopping:
-                is_stopping = True
-                with contextlib.suppress(OSError, xmlrpc.client.Error, SupervisionError):
-                    self.begin_draining()
-                child.send_signal(signal.SIGTERM)
-
-    def _hopeless_exit_code(self) -> int:
-        """0 while every program may yet work."""
-        try:
-            hopeless = next((each for each in self.statuses() if cannot_work(each)), None)
-        except SupervisionError:  # supervisord is starting, or ending
-            return EXIT_OK
-        if hopeless is None:
-            return EXIT_OK
-        print(f"relayctl: {hopeless.name} can never work like this; see what it said above", flush=True)
-        return hopeless.report.exit_code if hopeless.report is not None else EXIT_FAILED
-
-    def _configuration(self, settings: Settings, listed: list[Program], *, foreground: bool) -> str:
-        head, section = conf_file("supervisord.conf").read_text().split("; " + "-" * 99 + "\n")
-        shared = {
-            "socket": self._socket,
-            "supervisord_log": "/dev/null" if foreground else self.state_dir / "log" / "supervisord.log",
-            "pidfile": self.state_dir / "supervisord.pid",
-            "nodaemon": "true" if foreground else "false",
-            "log_dir": self.state_dir / "log",
-            "directory": _working_directory(self.state_dir),
-            "log_max_bytes": "0" if foreground else LOG_MAX_BYTES,
-            "log_backups": "0" if foreground else "3",
-            "stop_wait_seconds": math.ceil(settings.drain_seconds + settings.tracking_ack_seconds)
-            + SHUTDOWN_MARGIN_SECONDS,
-        }
-        parts = [Template(head).substitute({key: _escaped(value) for key, value in shared.items()})]
-        for program in listed:
-            own = {
-                "name": program.name,
-                "command": shlex.join(program.command),
-                "priority": program.priority,
-                "program_log": "/dev/fd/1" if foreground else self.log_path(program.name),
-            }
-            parts.append(Template(section).substitute({key: _escaped(value) for key, value in (shared | own).items()}))
-        return "\n".join(parts)
-
-    def _remember(self, settings: Settings, listed: list[Program]) -> None:
-        told = {
-            "nats_url": settings.nats_url,
-            "port": settings.port,
-            "smtp_host": settings.smtp_host,
-            "smtp_port": settings.smtp_port,
-            "smarthost": settings.smarthost,
-            "email_enabled": settings.email_enabled,
-            "drain_seconds": settings.drain_seconds,
-            "programs": {program.name: program.port for program in listed},
-        }
-        self._started.touch(mode=0o600)
-        self._started.write_bytes(orjson.dumps(told))
-
     # -- ask -------------------------------------------------------------------------------
     def started(self) -> dict[str, Any]:
         """How it was started: some settings by name, and ``programs`` with their ports; {} when it never was."""
-        try:
-            told = orjson.loads(self._started.read_bytes())
-        except (OSError, orjson.JSONDecodeError):
-            return {}
-        return told if isinstance(told, dict) else {}
+        return read_started(self.state_dir)
 
     def is_running(self) -> bool:
         """Whether a supervisord answers in this directory."""
@@ -274,18 +197,21 @@ class Supervision:
 
     def statuses(self) -> list[ProgramStatus]:
         """Every program's status. Raises ``SupervisionError`` when no relay runs here."""
-        try:
-            listed = self._call("getAllProcessInfo")
-        except (OSError, xmlrpc.client.Error) as error:
-            raise SupervisionError(f"no relay runs in {self.state_dir}; `relayctl start` starts one") from error
+        listed = self._asked("getAllProcessInfo")
         ports = self.started().get("programs", {})
+        order = {name: place for place, name in enumerate(ports)}
+        listed.sort(key=lambda info: order.get(info["name"], len(order)))  # supervisord's: in which they were added
         return [self._status(info, int(ports.get(info["name"], 0))) for info in listed]
+
+    def states(self) -> dict[str, str]:
+        """supervisord's word for each program's state. Raises ``SupervisionError``."""
+        return {info["name"]: info["statename"] for info in self._asked("getAllProcessInfo")}
 
     def _status(self, info: dict[str, Any], port: int) -> ProgramStatus:
         pid = int(info["pid"])
         is_running = info["statename"] == "RUNNING"
         report = read_presence(self.state_dir, info["name"], pid)
-        is_serving = _listens(port) if port else report is not None and report.stage == "ready"
+        is_serving = is_listening(port) if port else report is not None and report.stage == "ready"
         return ProgramStatus(
             name=info["name"],
             state=info["statename"],
@@ -317,34 +243,105 @@ class Supervision:
         except OSError:
             return []
 
+    # -- change ------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def changing(self, what: str) -> Iterator[None]:
+        """Keeps others from changing what runs. ``what``: the command, for them. Raises ``SupervisionError``."""
+        with self.writing(), contextlib.ExitStack() as stack:
+            path = self.state_dir / "change.lock"
+            file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+"))
+            if not _locked(file):
+                raise SupervisionError(
+                    f"{file.read() or 'another relayctl'} is at work in {self.state_dir}; wait until it is done"
+                )
+            file.truncate(0)
+            file.write(f"`relayctl {what}` (pid {os.getpid()})")
+            file.flush()
+            yield
+
+    def is_being_changed(self) -> bool:
+        """Whether somebody is ``changing`` what runs."""
+        try:
+            with (self.state_dir / "change.lock").open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def ask_to_stop(self, name: str) -> None:
+        """Has supervisord stop a program; what is not running already is left alone. Never waits."""
+        with contextlib.suppress(xmlrpc.client.Fault):  # it has just ended by itself
+            self._asked("stopProcess", name, False)
+
+    def remove(self, name: str) -> bool:
+        """Has supervisord forget a program; False when it still runs."""
+        try:
+            self._asked("removeProcessGroup", name)
+        except xmlrpc.client.Fault as fault:
+            return "BAD_NAME" in fault.faultString  # there is none
+        presence_path(self.state_dir, name).unlink(missing_ok=True)
+        return True
+
+    def read_again(self) -> tuple[list[str], list[str], list[str]]:
+        """Has supervisord read its configuration: names of programs that are new, changed, and no longer in it."""
+        try:
+            ((added, changed, removed),) = self._asked("reloadConfig")
+        except xmlrpc.client.Fault as fault:
+            raise SupervisionError(f"supervisord cannot read {self._conf}: {fault.faultString}") from fault
+        return list(added), list(changed), list(removed)
+
+    def add(self, name: str) -> None:
+        """Has supervisord run a program as its configuration has it, which it has read."""
+        with contextlib.suppress(xmlrpc.client.Fault):  # it has it already
+            self._asked("addProcessGroup", name)
+
     # -- stop ------------------------------------------------------------------------------
-    def stop(self, timeout_seconds: float) -> None:
+    def stop(self, timeout_seconds: float, *, drain_seconds: float | None = None, is_kill: bool = False) -> list[str]:
         """Stops every program, the workers all at once, then supervisord; returns when it is gone.
 
-        Without a supervisord, ends the programs that a killed one left behind.
+        Without a supervisord, ends the programs that a killed one left behind. ``drain_seconds`` instead of what the
+        workers have, when it is less; whom the timeout finds running is killed if ``is_kill``: their names.
+        Raises ``SupervisionError`` when there is nothing to stop, or it still runs after the timeout.
         """
         deadline = time.monotonic() + timeout_seconds
+        if drain_seconds is not None:
+            with self.writing():
+                tell_drain_seconds(self.state_dir, drain_seconds)
+        pids = self.orphans()
         try:
-            pids = {"supervisord": int(self._call("getPID"))}
+            pids = {"supervisord": int(self._call("getPID")), **pids}
             self.begin_draining()
             self._call("shutdown")
         except xmlrpc.client.Fault:  # it is shutting down already; a second SIGTERM would cut what is in flight
-            pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text())}
+            pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text()), **pids}
         except (OSError, xmlrpc.client.Error) as error:
-            pids = self.orphans()
             if not pids:
                 raise SupervisionError(f"no relay runs in {self.state_dir}; nothing to stop") from error
             for pid in pids.values():
                 os.kill(pid, signal.SIGTERM)
-        while left := {name: pid for name, pid in pids.items() if _is_alive(pid)}:
-            if time.monotonic() > deadline:
-                raise SupervisionError(f"still running after {timeout_seconds:g} s: {_listed(left)}")
-            time.sleep(0.05)
+        left = wait_gone(pids, deadline)
+        if not left:
+            return []
+        if not is_kill:
+            raise SupervisionError(
+                f"still running after {timeout_seconds:g} s: {in_words(left)}; `relayctl stop` waits on,"
+                " `relayctl stop --kill` kills what runs after its timeout"
+            )
+        for name, pid in left.items():
+            if name != "supervisord":
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for pid in wait_gone(left, time.monotonic() + KILLED_SECONDS).values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return list(left)
 
     def begin_draining(self) -> None:
         """Asks all workers to stop at once; supervisord by itself would ask one after the other is gone."""
         for info in self._call("getAllProcessInfo"):
-            if is_worker(info["name"]) and info["statename"] == "RUNNING":
+            if is_worker(info["name"]) and info["statename"] in LIVE_STATES:
                 with contextlib.suppress(xmlrpc.client.Fault):  # it has just ended by itself
                     self._call("stopProcess", info["name"], False)
 
@@ -360,6 +357,17 @@ class Supervision:
             if any(word.startswith(b"workers.") for word in command) and path.stem.encode() in command:
                 found[path.stem] = pid
         return found
+
+    def _asked(self, method: str, *arguments: object) -> Any:
+        """As ``_call``, for a relay that runs: raises ``SupervisionError`` when it does not, and ``Fault``."""
+        try:
+            return self._call(method, *arguments)
+        except xmlrpc.client.Fault as fault:
+            if "SHUTDOWN_STATE" in fault.faultString:
+                raise SupervisionError(f"the relay in {self.state_dir} is being stopped") from fault
+            raise
+        except (OSError, xmlrpc.client.Error) as error:
+            raise SupervisionError(f"no relay runs in {self.state_dir}; `relayctl start` starts one") from error
 
     def _call(self, method: str, *arguments: object) -> Any:
         """One call of supervisord's XML-RPC interface. Raises ``OSError`` and ``xmlrpc.client.Error``."""
@@ -377,33 +385,12 @@ class Supervision:
             socket.setdefaulttimeout(before)
 
 
-def _pass_on(reader: int, timeout_seconds: float) -> None:
-    """Copies what arrives in time to standard output; drops what nobody there takes: mail must not wait for it."""
-    deadline = time.monotonic() + timeout_seconds
-    while select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        chunk = os.read(reader, PIPE_BYTES)
-        with contextlib.suppress(OSError, ValueError):
-            if select.select([], [1], [], max(0.0, deadline - time.monotonic()))[1]:
-                os.write(1, chunk)  # at most PIPE_BYTES, which a pipe that takes any takes whole
-        if not chunk or time.monotonic() >= deadline:
-            return
-
-
 def _working_directory(otherwise: Path) -> Path:
     """Where relayctl was called, so that relative paths in settings mean the same to the programs."""
     try:
         return Path.cwd()
     except FileNotFoundError:  # it was deleted meanwhile
         return otherwise
-
-
-def _listed(pids: dict[str, int]) -> str:
-    return ", ".join(f"{name} pid {pid}" for name, pid in pids.items())
-
-
-def is_worker(program: str) -> bool:
-    """Whether the program is one of ours that answers over NATS."""
-    return program in {"status", "engagement"} or program.startswith(("send-", "status-"))
 
 
 def has_failed(status: ProgramStatus) -> bool:
@@ -416,53 +403,15 @@ def cannot_work(status: ProgramStatus) -> bool:
     return status.state in FAILED_STATES or (status.report is not None and status.report.exit_code == EXIT_CONFIG)
 
 
-def check_port_free(host: str, port: int, setting: str) -> None:
-    """Raises ``SupervisionError`` when the port cannot be listened on."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise SupervisionError(
-            f"port {port} on {host} cannot be used ({error.strerror}); end what listens there, or set {setting}"
-        ) from error
-
-
-def conf_file(name: str) -> Path:
-    """A file of ``conf/``: in a checkout beside the package, in an installation under ``share/relay``."""
-    for directory in (Path(__file__).parents[2] / "conf", Path(sysconfig.get_path("data")) / "share/relay/conf"):
-        if (directory / name).is_file():
-            return directory / name
-    raise SupervisionError(f"{name} is missing from this installation; install Relay again")
-
-
-def _escaped(value: object) -> str:
-    """supervisord expands ``%`` in every value."""
-    return str(value).replace("%", "%%")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] == "Z"
+def _locked(file: IO[str]) -> bool:
+    """Whether the lock could be had; who only asks ``is_being_changed`` has it for a moment."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True

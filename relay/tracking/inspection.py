@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from relay import contract
-from relay.bus.jetstream import STREAM_NOT_FOUND, JetStream
+from relay.bus.jetstream import DENIED, STREAM_NOT_FOUND, JetStream
 from relay.errors import BusRefused
 from relay.tracking.storage import DAY_SECONDS, DUPLICATE_WINDOW_SECONDS, MADE_BY, NANOSECONDS, StorageConfig
 
@@ -99,14 +99,14 @@ def inspect(jetstream: JetStream, expected: StorageConfig) -> Condition:
     """
     records = _look(jetstream, RECORDS, contract.RECIPIENTS_BUCKET)
     facts = _look(jetstream, FACTS, contract.LOG_STREAM)
-    index = _look(jetstream, INDEX, contract.GROUP_INDEX_BUCKET)
+    index = _look_if_allowed(jetstream, INDEX, contract.GROUP_INDEX_BUCKET)
     remarks: list[Remark] = []
     for store in (records, facts):
         remarks += _remarks(store, Beside(expected, facts))
     requests = _look(jetstream, REQUESTS, contract.REQUESTS_BUCKET)
     if requests.config is not None:  # else the first send worker makes it
         remarks += _remarks(requests, Beside(expected, facts))
-    parked = _look(jetstream, contract.PARKED_STREAM, contract.PARKED_STREAM)
+    parked = _look_if_allowed(jetstream, contract.PARKED_STREAM, contract.PARKED_STREAM)
     return Condition([records, facts, index, requests, parked], remarks)
 
 
@@ -127,6 +127,16 @@ def _look(jetstream: JetStream, stream: str, name: str) -> Store:
         int(answer["state"]["bytes"]),
         [str(each.get("name")) for each in replicas if each.get("offline")],
     )
+
+
+def _look_if_allowed(jetstream: JetStream, stream: str, name: str) -> Store:
+    """A stream that not every relay needs, so that its user may lack the permission to ask: as if there were none."""
+    try:
+        return _look(jetstream, stream, name)
+    except BusRefused as error:
+        if error.code != DENIED:
+            raise
+        return Store(name, stream, None, "", 0, 0, [])
 
 
 class Beside(NamedTuple):

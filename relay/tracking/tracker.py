@@ -1,13 +1,14 @@
 """Writing a mail's ``sent`` fact and its record, right after it was handed over.
 
-A tracking failure never turns a relayed mail into an error: it is logged, counted and shown. After
-``FAILURES_TO_SUSPEND`` in a row nothing is written any more until a probe finds JetStream well again,
-so that a hung JetStream costs each mail nothing instead of a second.
+A tracking failure never turns a relayed mail into an error: it is logged, counted and shown, and what could not be
+written is written later (``arrears``). After ``FAILURES_TO_SUSPEND`` in a row nothing is written any more until a probe
+finds JetStream well again, so that a hung JetStream costs each mail nothing instead of a second.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ from relay.bus.client import Publication
 from relay.bus.jetstream import ONE_MESSAGES_OWN, JetStream
 from relay.bus.kv import Bucket, Entry
 from relay.errors import BusRefused, BusUnavailable, RevisionConflict
+from relay.histogram import Histogram
+from relay.journey import TRACKING, Follower
+from relay.tracking.arrears import LIMIT_BYTES, Arrears, Owed
 from relay.tracking.facts import Fact
 from relay.tracking.folding import stated_by
 from relay.tracking.groups import mail_token
@@ -60,23 +64,44 @@ class Tracker:
     """Keeps records and facts of what is sent; ``note`` is safe to call whatever state JetStream is in."""
 
     def __init__(
-        self, jetstream: JetStream, config: StorageConfig, ack_seconds: float, on_change: Callable[[str], None]
+        self,
+        jetstream: JetStream,
+        config: StorageConfig,
+        ack_seconds: float,
+        on_change: Callable[[str], None],
+        follower: Follower | None = None,
+        arrears_bytes: int = LIMIT_BYTES,
     ) -> None:
+        """``on_change`` is told why nothing is tracked, '' when it is; ``follower`` of each mail that is.
+
+        ``arrears_bytes``: of what could not be written when its mail went out, kept to be written later.
+        """
         self._jetstream = jetstream
         self._config = config
         self._ack_seconds = ack_seconds
         self._bucket = Bucket(jetstream, contract.RECIPIENTS_BUCKET)
         self._on_change = on_change
+        self._follower = follower
         self._failures_in_a_row = 0
         self._pause_seconds = PROBE_SECONDS
         self._probe: gevent.Greenlet | None = None
+        self._arrears = Arrears(
+            jetstream,
+            ack_seconds,
+            is_on=lambda: not self.off_reason,
+            written=self._written_late,
+            lost=self._lose,
+            limit_bytes=arrears_bytes,
+        )
         self.off_reason = "not connected yet"
         """Why nothing is being tracked, '' while it is."""
         self.tracked = 0
         self.lost = 0
-        """Mails that went out without a complete record."""
+        """Mails that went out and will have no complete record."""
         self.unsettled = 0
         """Mails in doubt whose record does not say what became of them although the smarthost did."""
+        self.write_seconds = Histogram()
+        """How long mails waited for JetStream to acknowledge fact and record, or until they gave up."""
 
     def start(self) -> None:
         """Makes bucket and log when they are missing. Blocks for the first try; goes on in the background."""
@@ -92,14 +117,24 @@ class Tracker:
         At most ``ack_seconds``. Never raises.
         """
         if self.off_reason:
-            self._lose(mail.email_id, self.off_reason)
+            self._put_off(mail, self.off_reason, None)
             return
         record, facts = _record_and_facts(mail)
-        for answer in self._jetstream.store([*facts, self._bucket.creation(mail.email_id, record)], self._ack_seconds):
+        begun_at = time.monotonic()
+        answers = self._jetstream.store([*facts, self._bucket.creation(mail.email_id, record)], self._ack_seconds)
+        ended_at = time.monotonic()
+        self.write_seconds.observe(ended_at - begun_at)
+        problem: Exception | None = None
+        for answer in answers:
             # The key is a new UUID of ours: a conflict means that our own write arrived twice.
             if isinstance(answer, Exception) and not isinstance(answer, RevisionConflict):
-                self._fail(mail.email_id, answer)
-                return
+                problem = answer
+                break
+        if self._follower is not None:
+            self._follower.step(TRACKING, begun_at, ended_at, problem=type(problem).__name__ if problem else "")
+        if problem is not None:
+            self._fail(mail, problem, begun_at)
+            return
         self._failures_in_a_row = 0
         self._pause_seconds = PROBE_SECONDS
         self.tracked += 1
@@ -153,20 +188,41 @@ class Tracker:
         answers = self._jetstream.store([*facts, change], self._ack_seconds)
         return next((str(answer) for answer in answers if isinstance(answer, Exception)), "")
 
-    def stop(self) -> None:
-        """Ends the background probe."""
+    @property
+    def owed(self) -> int:
+        """Mails that went out and whose record is still to be written."""
+        return len(self._arrears)
+
+    def stop(self, timeout_seconds: float = 0.0) -> None:
+        """Writes what is owed, at most so long; ends what goes on in the background."""
+        self._arrears.close(timeout_seconds)
         if self._probe is not None:
             self._probe.kill(timeout=1)
 
-    def _fail(self, email_id: str, error: Exception) -> None:
-        self._lose(email_id, str(error))
+    def _fail(self, mail: HandedOver, error: Exception, tried_at: float) -> None:
         if isinstance(error, BusRefused) and error.code in ONE_MESSAGES_OWN:
+            self._lose(mail.email_id, str(error))
             return
+        self._put_off(mail, str(error), tried_at)
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= FAILURES_TO_SUSPEND and not self.off_reason:
             self._say(str(error))
             self._start_probe()
             self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    def _put_off(self, mail: HandedOver, why: str, tried_at: float | None) -> None:
+        """Writes it later; ``tried_at``, on ``time.monotonic()``, when some of it may have been written."""
+        record, facts = _record_and_facts(mail)
+        token = mail_token(mail.email_id, mail.group_id)
+        creation = self._bucket.creation(mail.email_id, record)
+        if self._arrears.put(Owed(mail.email_id, token, mail.at, tuple(facts), creation, tried_at)):
+            log.warning("mail is not tracked yet: %s", why, extra={"email_id": mail.email_id})
+        else:
+            self._lose(mail.email_id, why)
+
+    def _written_late(self, email_id: str) -> None:
+        self.tracked += 1
+        log.info("mail is tracked at last", extra={"email_id": email_id})
 
     def _lose(self, email_id: str, why: str) -> None:
         self.lost += 1

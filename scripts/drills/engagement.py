@@ -640,6 +640,6 @@ def poison(stage: Stage, seconds: float) -> Findings:
 
 
 DRILLS = (
-    Drill("engagement", play, seconds=40.0, margin_seconds=320.0),
-    Drill("engagement-poison", poison, seconds=40.0, margin_seconds=120.0),
+    Drill("engagement", play, seconds=20.0, margin_seconds=320.0, whole_seconds=40.0),
+    Drill("engagement-poison", poison, seconds=40.0, margin_seconds=120.0, is_alone=True),
 )

@@ -20,6 +20,8 @@ from tests.support.relay_process import RelayProcess
 
 T = TypeVar("T")
 
+STATUS_TRIES = 5
+
 
 class Check(NamedTuple):
     """What a drill says must hold."""
@@ -54,9 +56,17 @@ class Drill(NamedTuple):
     name: str
     play: Callable[[Stage, float], Findings]
     seconds: float
-    """How long the trouble lasts, unless the command line says otherwise."""
+    """How long the trouble lasts where all drills are played; the command line may say otherwise."""
     margin_seconds: float
     """What the drill may take beyond that, for starting, being slow and looking at what is left; then it has failed."""
+    whole_seconds: float = 0.0
+    """How long it lasts with ``--whole``; 0: no longer than otherwise."""
+    is_alone: bool = False
+    """Whether nothing else may go on beside it: it says how long something takes, or needs the whole machine."""
+
+    def length_seconds(self, *, is_whole: bool) -> float:
+        """How long the trouble lasts."""
+        return (self.whole_seconds if is_whole else 0.0) or self.seconds
 
 
 class Stage(contextlib.ExitStack):
@@ -69,9 +79,9 @@ class Stage(contextlib.ExitStack):
         # Short: a Unix socket's path has at most 107 bytes.
         self.directory = Path(tempfile.mkdtemp(prefix="relay-drill-"))
 
-    def start_nats(self) -> NatsServer:
-        """A nats-server with JetStream and an empty store."""
-        server = NatsServer(self.directory / "nats")
+    def start_nats(self, max_file_store: str = "1GB") -> NatsServer:
+        """A nats-server with JetStream and an empty store of a limited size."""
+        server = NatsServer(self.directory / "nats", max_file_store=max_file_store)
         self.callback(server.stop)
         return server.start()
 
@@ -89,8 +99,9 @@ class Stage(contextlib.ExitStack):
 
 def send_figures(relay: RelayProcess) -> list[dict[str, Any]]:
     """What each send worker tells of itself: the figures of ``relayctl status --json``."""
-    told = orjson.loads(relay.relayctl("status", "--json").stdout)
-    figures = [program["figures"] for program in told["programs"] if program["name"].startswith("send-")]
-    if not all(figures):
-        raise RuntimeError("a send worker does not tell its figures")
-    return figures
+    for _ in range(STATUS_TRIES):  # on a crowded machine one may be late with its answer
+        told = orjson.loads(relay.relayctl("status", "--json").stdout)
+        figures = [program["figures"] for program in told["programs"] if program["name"].startswith("send-")]
+        if figures and all(figures):
+            return figures
+    raise RuntimeError("a send worker does not tell its figures")

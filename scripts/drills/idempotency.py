@@ -52,7 +52,7 @@ GIVE_UP_SECONDS = 30.0
 LIVES_SECONDS = 3.5
 """At least so long a worker lives: one that dies within a second of its start is started more slowly."""
 BACK_SECONDS = 20.0
-SAYS_NOTHING_OF_OTHERS = frozenset({"in progress", "deduplication unavailable"})
+SAYS_NOTHING_OF_OTHERS = frozenset({"in progress", "deduplication unavailable", "deadline exceeded"})
 """Details of an answer that only says that this try sent nothing: the request is made again."""
 SETTLED_SECONDS = 0.06
 """After a kill: what the dead worker had sent to NATS has arrived there."""
@@ -374,7 +374,7 @@ class Killing:
                     request.hits.setdefault(seen.token, seen)
         elif reply.get("detail") in SAYS_NOTHING_OF_OTHERS:
             request.in_progress += reply["detail"] == "in progress"
-            request.unavailable += reply["detail"] != "in progress"
+            request.unavailable += reply["detail"] == "deduplication unavailable"
         else:
             request.answer = reply
 
@@ -561,7 +561,7 @@ async def play_all(
         await play_twins(findings, nats_server.url, sink, rounds)
         nc = await nats.connect(nats_server.url, allow_reconnect=False)
         try:
-            bucket = await nc.jetstream().key_value(contract.REQUESTS_BUCKET)
+            bucket = await nc.jetstream(timeout=BACK_SECONDS).key_value(contract.REQUESTS_BUCKET)
             killing = Killing(relay, sink, nc, bucket, seed)
             await killing.play(kills, seconds)
             judge_kills(findings, killing, sink)
@@ -579,4 +579,4 @@ def play(stage: Stage, seconds: float) -> Findings:
     return findings
 
 
-DRILLS = (Drill("request-ids", play, seconds=60.0, margin_seconds=90.0),)
+DRILLS = (Drill("request-ids", play, seconds=40.0, margin_seconds=90.0, whole_seconds=60.0),)

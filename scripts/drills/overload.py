@@ -509,5 +509,5 @@ def soak(stage: Stage, seconds: float) -> Findings:
     return findings
 
 
-DRILLS = (Drill("overload", play, seconds=40, margin_seconds=120),)
+DRILLS = (Drill("overload", play, seconds=24, margin_seconds=120, whole_seconds=40, is_alone=True),)
 SOAK = Drill("soak", soak, seconds=600, margin_seconds=120)

@@ -72,8 +72,8 @@ def untold(stage: Stage, seconds: float) -> Findings:
 
 
 DRILLS = (
-    Drill("ses", told, seconds=180.0, margin_seconds=75.0),
-    Drill("ses-unset", untold, seconds=50.0, margin_seconds=60.0),
+    Drill("ses", told, seconds=120.0, margin_seconds=75.0, whole_seconds=180.0),
+    Drill("ses-unset", untold, seconds=40.0, margin_seconds=60.0, whole_seconds=50.0),
 )
 
 

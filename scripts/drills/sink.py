@@ -1,6 +1,6 @@
 """An SMTP server that takes everything and keeps nothing but the mails' ids: a process of its own.
 
-    python -m scripts.drills.sink [WAIT_SECONDS]
+    python -m scripts.drills.sink [WAIT_SECONDS [PORT]]
 
 prints ``listening on 127.0.0.1:PORT``; on SIGTERM it prints, as one JSON object, how often it took which mail (by its
 tracking id). It offers PIPELINING, so that the smarthost is not what a drill waits for; unless ``WAIT_SECONDS`` is
@@ -87,11 +87,20 @@ class Session(asyncio.Protocol):
 class RunningSink:
     """The sink's process, from the outside."""
 
-    def __init__(self, wait_seconds: float = 0.0) -> None:
-        command = [sys.executable, "-m", "scripts.drills.sink", str(wait_seconds)]
+    def __init__(self, wait_seconds: float = 0.0, port: int = 0) -> None:
+        """``port``: the one of a sink that was stopped, whose place this one takes; 0 is any."""
+        command = [sys.executable, "-m", "scripts.drills.sink", str(wait_seconds), str(port)]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline().rpartition(":")[2])
+
+    def freeze(self) -> None:
+        """It hangs: its connections stay open, new ones come about, and it says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """It goes on."""
+        self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> Counter[str]:
         """Ends it; how often it took which mail."""
@@ -101,9 +110,9 @@ class RunningSink:
 
     @classmethod
     @contextlib.contextmanager
-    def started(cls, wait_seconds: float = 0.0) -> Iterator[RunningSink]:
+    def started(cls, wait_seconds: float = 0.0, port: int = 0) -> Iterator[RunningSink]:
         """Runs one, and ends it whatever happens."""
-        sink = cls(wait_seconds)
+        sink = cls(wait_seconds, port)
         try:
             yield sink
         finally:
@@ -112,13 +121,13 @@ class RunningSink:
                 sink._process.communicate(timeout=STOP_SECONDS)
 
 
-async def serve(wait_seconds: float) -> Counter[str]:
+async def serve(wait_seconds: float, port: int) -> Counter[str]:
     """Serves until SIGTERM."""
     taken: Counter[str] = Counter()
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, asked_to_stop.set)
-    server = await loop.create_server(lambda: Session(taken, wait_seconds), "127.0.0.1", 0, backlog=1000)
+    server = await loop.create_server(lambda: Session(taken, wait_seconds), "127.0.0.1", port, backlog=1000)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asked_to_stop.wait()
     server.close()
@@ -126,4 +135,5 @@ async def serve(wait_seconds: float) -> Counter[str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asyncio.run(serve(float(sys.argv[1]) if len(sys.argv) > 1 else 0.0))))
+    _wait_seconds, _port = [*sys.argv[1:], "0", "0"][:2]
+    print(json.dumps(asyncio.run(serve(float(_wait_seconds), int(_port)))))

@@ -122,8 +122,8 @@ async def send_bursts(
 
 
 async def read_stream(nats_url: str, stream: str) -> list[tuple[str, dict[str, Any]]]:
-    """Every message of a stream, oldest first: its NATS subject and its JSON."""
-    nc = await nats.connect(nats_url, allow_reconnect=False)
+    """Every message of a stream, oldest first: its NATS subject and its JSON. ``nats_url`` as in NATS_URL."""
+    nc = await nats.connect(nats_url.split(","), allow_reconnect=False)
     found: list[tuple[str, dict[str, Any]]] = []
     try:
         jetstream = nc.jetstream()

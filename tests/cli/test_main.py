@@ -37,7 +37,7 @@ def test_every_option_has_help(command: click.Command) -> None:
             assert parameter.help, parameter.name
 
 
-SHOWING = ["status", "send", "track", "analytics", "inbox", "check", "settings", "logs", "events"]
+SHOWING = ["status", "send", "track", "analytics", "inbox", "check", "doctor", "settings", "logs", "events"]
 
 
 @pytest.mark.parametrize("name", [*SHOWING, "buckets", "repair", "erase"])

@@ -62,6 +62,24 @@ def test_a_mail_with_more_recipients_than_a_burst_passes_and_is_paid_for() -> No
     assert rate.take(1, 5.1)
 
 
+def test_a_share_of_the_rate_that_changes() -> None:
+    rate = Rate(100.0)
+    assert 99 <= passed(rate, 1.0) <= 111
+    rate.scale(0.5, 1.0)  # twice as many share it
+    assert (rate.current, rate.is_lowered) == (50.0, False)
+    assert 49 <= passed(rate, 1.0, now=1.0) <= 56
+    rate.throttled(2.0)
+    learned = rate.current
+    assert learned < 50.0
+    rate.scale(2.0, 2.0)
+    assert rate.current == 2 * learned
+    assert rate.is_lowered
+    assert repr(rate).endswith("of 100 recipients/s")
+    unlimited = Rate()
+    unlimited.scale(0.25, 0.0)
+    assert (unlimited.current, unlimited.is_limited) == (math.inf, False)
+
+
 def test_a_refusal_lowers_to_what_was_taken_once_a_second() -> None:
     rate = Rate()
     for number in range(100):

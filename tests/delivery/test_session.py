@@ -17,7 +17,7 @@ from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import Dialler
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
 from relay.delivery.reply import Extensions
-from relay.delivery.session import LARGE_CONTENT_BYTES, Session
+from relay.delivery.session import LARGE_CONTENT_BYTES, WAITED_SECONDS, Session
 from relay.errors import ProtocolViolation
 from tests.delivery.conftest import config_for, soon
 from tests.support.scripted_smtp import (
@@ -335,6 +335,17 @@ def test_a_reused_connection_that_fails_on_its_first_command_is_stale(
         is_stale = [bool(transact(session)) and was_stale(session) for _ in range(2)]
         assert not session.is_reusable
     assert is_stale == [False, True]
+
+
+@PIPELINING
+@pytest.mark.parametrize("action", [drop(), say_and_drop("421 4.4.2 idle"), say_and_drop("451 4.4.2 Timeout waiting")])
+def test_a_connection_that_has_waited_for_its_first_mail_may_be_stale(
+    action: Action, extensions: tuple[str, ...]
+) -> None:
+    with session_with({"mail": [action]}, extensions) as (_, session):
+        session.idle_since -= WAITED_SECONDS
+        transact(session)
+        assert was_stale(session)
 
 
 @pytest.mark.parametrize("action", [drop(), say_and_drop("421 4.4.2 idle")])

@@ -482,3 +482,34 @@ def test_closing_while_dialling_resolves_everyone() -> None:
         gevent.joinall(waiters, timeout=1.0)
         assert [waiter.value[0].state for waiter in waiters] == [State.DEFERRED] * 5
         assert smarthost.figures()["dialling"] == 0
+
+
+def test_waits_and_transactions_are_timed() -> None:
+    with ScriptedSmtp({"dot": [wait(0.3)]}) as server, smarthost_for(server, pool_size=1) as smarthost:
+        gevent.joinall([gevent.spawn(relay, smarthost) for _ in range(2)], raise_error=True)
+        waits, transactions = smarthost.pool_wait_seconds, smarthost.transaction_seconds
+        assert (sum(waits.counts), sum(transactions.counts)) == (2, 2)
+        assert 0.3 <= waits.sum_seconds < 2.0  # the second one waited for the first
+        assert 0.3 <= transactions.sum_seconds < 2.0
+
+
+def test_a_wait_in_vain_is_timed_and_a_transaction_that_never_began_is_not() -> None:
+    with ScriptedSmtp({"dot": wait(0.5)}) as server, smarthost_for(server, pool_size=1) as smarthost:
+        busy = gevent.spawn(relay, smarthost)
+        eventually(lambda: "DATA" in server.commands)
+        (late,) = relay(smarthost, seconds=0.1)
+        assert late.is_late
+        busy.get(timeout=5)
+        relay(smarthost, "bob\r\n@example.com")
+        assert sum(smarthost.pool_wait_seconds.counts) == 3
+        assert 0.1 <= smarthost.pool_wait_seconds.sum_seconds < 0.4
+        assert sum(smarthost.transaction_seconds.counts) == 1
+
+
+def test_a_transaction_in_doubt_is_timed_once_to_its_end() -> None:
+    with ScriptedSmtp({"dot": wait(0.4)}) as server, smarthost_for(server) as smarthost:
+        (outcome,) = relay(smarthost, seconds=0.2)
+        assert outcome.state is State.IN_DOUBT
+        eventually(lambda: smarthost.figures()["awaiting_dot"] == 0)
+        assert sum(smarthost.transaction_seconds.counts) == 1
+        assert smarthost.transaction_seconds.sum_seconds >= 0.4

@@ -13,6 +13,8 @@ from relay.ops import health as health_module
 from relay.ops.health import HealthServer
 from tests.support.nats_server import free_port
 
+PAGE = b"relay_build_info 1.0\n"
+
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
@@ -20,7 +22,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(health_module, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(health_module, "REQUEST_SECONDS", 0.2)
     number = free_port()
-    server = HealthServer("127.0.0.1", number, lambda: (False, {"nats": "away"}))
+    server = HealthServer("127.0.0.1", number, lambda: (False, {"nats": "away"}), lambda: PAGE)
     server.start()
     yield number
     server.stop()
@@ -44,6 +46,14 @@ def test_alive_and_not_ready(port: int) -> None:
     assert b'"nats":"away"' in body
 
 
+def test_metrics_and_what_is_not_there(port: int) -> None:
+    assert get(port, "/metrics") == (200, PAGE)
+    status, body = get(port, "/")
+    assert status == 404
+    for path in (b"/livez", b"/readyz", b"/metrics"):
+        assert path in body
+
+
 def test_idle_connections_do_not_keep_the_probes_out(port: int) -> None:
     idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(6)]
     try:
@@ -58,7 +68,7 @@ def test_idle_connections_do_not_keep_the_probes_out(port: int) -> None:
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # gevent leaves the socket it could not bind
 def test_a_taken_port_is_said_in_one_sentence(port: int) -> None:
-    second = HealthServer("127.0.0.1", port, lambda: (True, {}))
+    second = HealthServer("127.0.0.1", port, lambda: (True, {}), lambda: b"")
     with pytest.raises(ConfigError, match=f"port {port} .* set PORT"):
         second.start()
     second.stop()

@@ -59,7 +59,7 @@ def test_all_is_well(check: Check) -> None:
 def test_a_smarthost_that_is_not_there(check: Check) -> None:
     finding = check()["SMTP"]
     assert not finding.ok
-    assert "check SMTP_HOST and SMTP_PORT" in finding.detail
+    assert "check SMTP_HOST and SMTP_PORT" in finding.remedy
 
 
 def test_a_smarthost_that_refuses(check: Check) -> None:
@@ -88,7 +88,7 @@ def test_a_wrong_password(check: Check) -> None:
     with ScriptedSmtp(credentials=("relay", "right")) as smtp:
         finding = check(SMTP_PORT=smtp.port, SMTP_USERNAME="relay", SMTP_PASSWORD="hunter2")["SMTP"]
     assert not finding.ok
-    assert "check SMTP_USERNAME and SMTP_PASSWORD" in finding.detail
+    assert "check SMTP_USERNAME and SMTP_PASSWORD" in finding.remedy
     assert "hunter2" not in finding.detail
 
 
@@ -96,13 +96,14 @@ def test_a_certificate_for_another_name(check: Check, certificate: tuple[Path, P
     with ScriptedSmtp(tls="starttls", certificate=certificate) as smtp:
         finding = check(SMTP_PORT=smtp.port, SMTP_CA_FILE=certificate[0], SMTP_TLS="starttls")["SMTP"]
     assert not finding.ok
-    assert "the certificate is for SMTP_HOST" in finding.detail
+    assert "is for another name" in finding.detail
 
 
 def test_no_nats(check: Check) -> None:
     finding = check(NATS_URL=f"nats://127.0.0.1:{free_port()}")["NATS"]
     assert not finding.ok
-    assert "connection refused; start it, or set NATS_URL" in finding.detail
+    assert "connection refused" in finding.detail
+    assert finding.remedy.startswith("start it, or set NATS_URL")
 
 
 def test_a_wrong_nats_password(check: Check, new_nats_server: Callable[..., NatsServer]) -> None:
@@ -147,14 +148,14 @@ def test_a_taken_port(check: Check) -> None:
     finally:
         server.stop()
     assert not finding.ok
-    assert "end what listens there, or set PORT" in finding.detail
+    assert finding.remedy == "end what listens there, or set PORT"
 
 
 def test_a_directory_that_cannot_be_written(check: Check, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     finding = check(RELAY_STATE_DIR=tmp_path / "file" / "state")["state directory"]
     assert not finding.ok
-    assert "set RELAY_STATE_DIR" in finding.detail
+    assert "set RELAY_STATE_DIR" in finding.remedy
 
 
 def test_a_misspelt_setting_is_a_warning(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +185,7 @@ def test_an_old_nats_server(check: Check, old_nats_server: str) -> None:
     finding = check(NATS_URL=old_nats_server)["NATS version"]
     assert not finding.ok
     assert "nats-server 2.10.29 is older than 2.12" in finding.detail
-    assert "update the server" in finding.detail
+    assert finding.remedy == "update the server"
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def test_a_queue_of_events_that_is_well(check: Check, queue: SqsDouble) -> None:
 def test_a_queue_that_is_not_there(check: Check, queue: SqsDouble) -> None:
     finding = check(**with_events(queue, SES_ENGAGEMENT_SQS_QUEUE_URL=f"{queue.url}/1/missing"))["SQS"]
     assert (finding.ok, finding.is_warning) == (False, False)
-    assert "check SES_ENGAGEMENT_SQS_QUEUE_URL" in finding.detail
+    assert "check SES_ENGAGEMENT_SQS_QUEUE_URL" in finding.remedy
 
 
 def test_a_queue_that_cannot_be_asked(check: Check, queue: SqsDouble) -> None:
@@ -241,7 +242,7 @@ def test_credentials_that_may_too_little(check: Check, queue: SqsDouble) -> None
     queue.denied = {"DeleteMessageBatch", "ChangeMessageVisibilityBatch"}
     finding = check(**with_events(queue))["SQS"]
     assert not finding.ok
-    assert "may not sqs:DeleteMessage, sqs:ChangeMessageVisibility; allow that" in finding.detail
+    assert "may not sqs:DeleteMessage, sqs:ChangeMessageVisibility" in finding.detail
 
 
 def test_a_queue_set_up_so_that_events_come_twice_or_get_lost(check: Check, queue: SqsDouble) -> None:

@@ -10,10 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-OF_THE_CLI = ("click", "rich", "supervisor", "relay.cli", "relay.ops.supervision", "relay.ops.preflight")
+OF_THE_CLI = (
+    "click",
+    "rich",
+    "supervisor",
+    "relay.cli",
+    "relay.ops.supervision",
+    "relay.ops.preflight",
+    "relay.ops.doctor",
+)
 OF_SENDING = ("relay.sending", "relay.submission.compose", "relay.delivery.smarthost", "relay.tracking.tracker")
 OF_EVENTS = ("boto3", "botocore", "relay.aws", "relay.engagement", "relay.ops.polling", "relay.tracking.parked")
-OF_QUESTIONS = ("relay.reporting", "relay.tracking.pages", "relay.ops.health")
+OF_QUESTIONS = ("relay.reporting", "relay.tracking.pages", "relay.ops.health", "prometheus_client")
 OF_THE_CATCHER = ("aiosmtpd", "relay.ops.catcher")
 
 USELESS = {
@@ -21,7 +29,7 @@ USELESS = {
     "workers.status": (*OF_THE_CLI, *OF_EVENTS, *OF_SENDING, *OF_THE_CATCHER, "relay.tracking.folding"),
     "workers.engagement": (*OF_THE_CLI, *OF_SENDING, *OF_QUESTIONS, *OF_THE_CATCHER, "relay.delivery.session"),
     "workers.catcher": (*OF_THE_CLI, *OF_EVENTS, *OF_SENDING, *OF_QUESTIONS, "nats", "relay.bus"),
-    "relay.cli.main": ("boto3", "botocore", "workers"),
+    "relay.cli.main": ("boto3", "botocore", "workers", "prometheus_client"),
 }
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from relay.errors import ConfigError
+from relay.ops.arrangement import SupervisionError, conf_file, is_worker, programs
 from relay.ops.devstack import DevStack
-from relay.ops.supervision import Supervision, SupervisionError, conf_file, is_worker, programs
-from relay.settings import Settings
+from relay.ops.supervision import Supervision
+from relay.settings import Settings, captured
 from tests.support.nats_server import free_port
 
 
@@ -39,7 +40,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 def prepared(settings: Settings, *, foreground: bool = False) -> configparser.RawConfigParser:
     """The configuration as supervisord will read it."""
     supervision = Supervision(settings.relay_state_dir)
-    command = supervision.prepare(settings, DevStack(settings), foreground=foreground)
+    command = supervision.prepare(settings, DevStack(settings), captured({}), foreground=foreground)
     parser = configparser.RawConfigParser()
     parser.read_string(Path(command[command.index("-c") + 1]).read_text())
     return parser
@@ -54,8 +55,9 @@ def test_supervisord_waits_longer_than_a_worker_drains(settings: Settings) -> No
     parser = prepared(settings)
     for section in parser.sections():
         if section.startswith("program:"):
-            assert int(parser[section]["stopwaitsecs"]) > settings.drain_seconds
             assert parser[section]["autorestart"] == "true"
+        if section.startswith("program:s"):
+            assert int(parser[section]["stopwaitsecs"]) > settings.drain_seconds
 
 
 @pytest.mark.parametrize("name", ["100%s", "a;b", "a #b", 'a"b', "a\\b", "a\nb"])
@@ -143,9 +145,10 @@ def test_the_foreground_ends_when_a_program_can_never_work(code: int, retries: i
             (directory / "run" / "broken.json").write_text(json.dumps(told))
         (directory / "conf").write_text(CONFIGURATION.format(dir=directory, code=code, retries=retries))
         program = (
-            "import os, sys; from pathlib import Path; from relay.ops.supervision import Supervision;"
+            "import os, sys; from pathlib import Path; from relay.ops.foreground import stay;"
+            "from relay.ops.supervision import Supervision;"
             f"command = [sys.executable, '-W', 'ignore', '-m', 'supervisor.supervisord', '-c', '{directory}/conf'];"
-            f"sys.exit(Supervision(Path('{directory}')).stay(command, dict(os.environ)))"
+            f"sys.exit(stay(Supervision(Path('{directory}')), command, dict(os.environ)))"
         )
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     finally:

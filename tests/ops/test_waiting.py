@@ -12,6 +12,7 @@ from gevent.event import Event
 from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.ops import waiting
+from relay.ops.measuring import Measuring
 from relay.ops.presence import Presence
 from relay.ops.process import Context
 from relay.settings import load_settings
@@ -27,7 +28,15 @@ def test_what_goes_away_later_is_told_too(
     monkeypatch.setattr(waiting, "WATCH_SECONDS", 0.05)
     server = new_nats_server()
     bus = new_bus(server.url)
-    context = Context(load_settings(), "status", bus, Presence(tmp_path, "status"), Event(), pytest.fail)
+    context = Context(
+        load_settings(),
+        "status",
+        bus,
+        Presence(tmp_path, "status"),
+        Event(),
+        pytest.fail,
+        Measuring(tmp_path, "status"),
+    )
     told = [""]
     changed = Event()
 

@@ -1,6 +1,6 @@
-"""Three real nats-servers in a cluster, with the tracking's streams on one of them, which may be frozen.
+"""Three real nats-servers in a cluster, with the tracking's streams on one of them or on all.
 
-Requests reach the relay through the others meanwhile: JetStream hangs and NATS goes on.
+The one that may be frozen: requests reach the relay through the others meanwhile: JetStream hangs and NATS goes on.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ STORING = "s2"
 
 
 class NatsCluster:
-    """``url`` is a server that holds no stream; ``freeze`` and ``thaw`` are for the one that does."""
+    """``url`` is a server that leads no stream; ``freeze`` and ``thaw`` are for the one that does.
 
-    def __init__(self, directory: Path) -> None:
+    ``replicas``: how many servers hold each stream; 1 or all.
+    """
+
+    def __init__(self, directory: Path, replicas: int = 1) -> None:
+        self._config = storage.StorageConfig(replicas=replicas)
         ports = [free_port() for _ in range(SERVERS)]
         routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
-        self._servers = [
+        self.servers = [
             NatsServer(
                 directory / f"s{number}",
                 config=f'server_name: s{number}\nserver_tags: ["s{number}"]\n'
@@ -40,12 +44,13 @@ class NatsCluster:
             )
             for number, port in enumerate(ports)
         ]
-        self._storing = self._servers[-1]
-        self.url = self._servers[0].url
+        """``s0`` and so on, in this order."""
+        self._storing = self.servers[-1]
+        self.url = self.servers[0].url
 
     def start(self) -> NatsCluster:
-        """Starts the servers; returns when bucket and log are made, with one replica each."""
-        for server in self._servers:
+        """Starts the servers; returns when bucket and log are made, and led by the last of them."""
+        for server in self.servers:
             server.start()
         bus = Bus(self.url, "making streams")
         bus.start()
@@ -58,21 +63,26 @@ class NatsCluster:
         return self
 
     def _make_streams(self, jetstream: JetStream) -> None:
-        config = storage.StorageConfig()
         deadline = time.monotonic() + READY_SECONDS
-        for stream in (storage._bucket(config), storage._log(config)):
+        placed = {"placement": {"tags": [STORING]}} if self._config.replicas == 1 else {}
+        for stream in (storage._bucket(self._config), storage._log(self._config)):
             while True:  # the servers elect a leader first
                 try:
-                    jetstream.api(f"STREAM.CREATE.{stream['name']}", stream | {"placement": {"tags": [STORING]}})
+                    jetstream.api(f"STREAM.CREATE.{stream['name']}", stream | placed)
                     break
                 except (BusUnavailable, BusRefused):
                     if time.monotonic() > deadline:
                         raise
                     gevent.sleep(0.05)
         for name in (contract.LOG_STREAM, f"KV_{contract.RECIPIENTS_BUCKET}"):
-            leader = jetstream.api(f"STREAM.INFO.{name}")["cluster"]["leader"]
-            if leader != STORING:
-                raise RuntimeError(f"{name} is on {leader}")
+            while (leader := _leader(jetstream, name)) != STORING:
+                if not leader and time.monotonic() < deadline:
+                    gevent.sleep(0.05)  # a new stream, too, elects one
+                elif placed or time.monotonic() > deadline:
+                    raise RuntimeError(f"{name} is on {leader}")
+                else:
+                    _step_down(jetstream, name)
+                    gevent.sleep(0.2)
 
     def freeze(self) -> None:
         """Stops the server that holds the streams; its connections stay open."""
@@ -89,5 +99,21 @@ class NatsCluster:
     def stop(self) -> None:
         """Ends the servers."""
         self.thaw()
-        for server in self._servers:
+        for server in self.servers:
             server.stop()
+
+
+def _leader(jetstream: JetStream, stream: str) -> str:
+    """The server that leads a stream, '' when none does."""
+    try:
+        return str(jetstream.api(f"STREAM.INFO.{stream}")["cluster"].get("leader", ""))
+    except (BusUnavailable, BusRefused):
+        return ""
+
+
+def _step_down(jetstream: JetStream, stream: str) -> None:
+    """Has the storing server lead a stream that all of them hold."""
+    try:
+        jetstream.api(f"STREAM.LEADER.STEPDOWN.{stream}", {"placement": {"preferred": STORING}})
+    except (BusUnavailable, BusRefused):
+        return  # it is asked for again

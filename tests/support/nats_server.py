@@ -33,7 +33,7 @@ def wait_for_port(port: int, timeout_seconds: float = 10.0) -> None:
 class NatsServer:
     """One nats-server process. ``stop`` and ``start`` keep port and store, so clients see a restart."""
 
-    def __init__(self, store: Path, *, jetstream: bool = True, config: str = "") -> None:
+    def __init__(self, store: Path, *, jetstream: bool = True, config: str = "", max_file_store: str = "1GB") -> None:
         self.port = free_port()
         self.url = f"nats://127.0.0.1:{self.port}"
         self._store = store
@@ -41,7 +41,7 @@ class NatsServer:
         store.mkdir(parents=True, exist_ok=True)
         lines = [f"listen: 127.0.0.1:{self.port}", config]
         if jetstream:
-            lines.append(f'jetstream {{ store_dir: "{store / "jetstream"}", max_file_store: 1GB }}')
+            lines.append(f'jetstream {{ store_dir: "{store / "jetstream"}", max_file_store: {max_file_store} }}')
         self._config.write_text("\n".join(lines) + "\n")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -61,4 +61,11 @@ class NatsServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait(10)
+        self.process = None
+
+    def kill(self) -> None:
+        """Ends the server as a crash does: nothing is written out, nobody is told."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(10)
         self.process = None

@@ -34,6 +34,7 @@ OURS = (
     "AWS_",
     "OBJECT_STORE_",
     "REQUEST_ID_",
+    "OTEL_",
 )
 
 
@@ -81,8 +82,8 @@ class RelayProcess:
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
     def stop(self) -> None:
-        """Stops it when it runs."""
-        if self.supervision.is_running():
+        """Stops it when it runs, also without its supervisord."""
+        if self.supervision.is_running() or self.supervision.orphans():
             done = self.relayctl("stop")
             assert done.returncode == 0, done.stderr
 

@@ -186,7 +186,7 @@ SEND_FIGURES: dict[str, Any] = {
         "hosts": [{"host": str, "set_aside": str}],
     },
     "circuit": {"state": str, "reason": str},
-    "tracking": {"off_reason": str, "tracked": int, "lost": int, "unsettled": int},
+    "tracking": {"off_reason": str, "tracked": int, "lost": int, "owed": int, "unsettled": int},
     "request_ids": {
         "off_reason": str,
         **dict.fromkeys(("claimed", "taken_over", "repeated", "payload_differs", "in_progress", "unavailable"), int),

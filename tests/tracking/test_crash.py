@@ -78,7 +78,7 @@ def jetstream(bus: Bus) -> JetStream:
 @pytest.fixture
 def tracker(bus: Bus) -> Iterator[Tracker]:
     """Its tracker."""
-    made = Tracker(JetStream(bus), StorageConfig(), ACK_SECONDS, on_change=lambda _: None)
+    made = Tracker(JetStream(bus), StorageConfig(), ACK_SECONDS, on_change=lambda _: None, arrears_bytes=0)
     made.start()
     assert not made.off_reason
     yield made
@@ -346,7 +346,7 @@ def test_what_a_killed_nats_server_has_acknowledged_is_there_when_it_is_back(
 ) -> None:
     # Given mails that are tracked all the time
     bus = new_bus(server.url)
-    tracker = Tracker(JetStream(bus), StorageConfig(), ACK_SECONDS, on_change=lambda _: None)
+    tracker = Tracker(JetStream(bus), StorageConfig(), ACK_SECONDS, on_change=lambda _: None, arrears_bytes=0)
     tracker.start()
     noted: list[str] = []
     is_over = gevent.event.Event()
