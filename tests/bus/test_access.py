@@ -394,6 +394,8 @@ WHOLE = Operator().creds(USER)
         (read_line, "", "must hold one line"),
         (read_line, "hush-hush\nhush-hush\n", "must hold one line"),
     ],
+    # Keys are made anew in each process, and pytest's processes must agree on the names of tests.
+    ids=map(str, range(11)),
 )
 def test_a_file_that_is_not_what_it_should_be(
     read: Callable[[str], object], text: str, told: str, tmp_path: Path
@@ -419,7 +421,11 @@ def test_a_file_that_cannot_be_read(read: Callable[[str], object], tmp_path: Pat
         read(str(tmp_path / "binary"))
 
 
-@pytest.mark.parametrize("content", [SECRET, f" {SECRET}\n", WHOLE, "eyJ0eXAiOiJKV1QiLCJhbGciOiJlZDI1NTE5"])
+@pytest.mark.parametrize(
+    "content",
+    [SECRET, f" {SECRET}\n", WHOLE, "eyJ0eXAiOiJKV1QiLCJhbGciOiJlZDI1NTE5"],
+    ids=["seed", "line", "creds", "jwt"],
+)
 def test_what_belongs_into_a_file_is_not_told_when_it_stands_in_its_place(content: str) -> None:
     with pytest.raises(ConfigError) as raised:
         read_creds(content)
