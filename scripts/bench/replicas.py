@@ -65,9 +65,14 @@ class Place:
                 + (
                     f'cluster {{ name: bench, listen: "127.0.0.1:{port}", routes: [{routes}] }}' if replicas > 1 else ""
                 ),
-            ).start()
+            )
             for number, port in enumerate(ports)
         ]
+
+    def start(self) -> None:
+        """Starts the servers; returns when bucket and log are made."""
+        for server in self.servers:
+            server.start()
         deadline = time.monotonic() + READY_SECONDS
         with self._connected() as jetstream:
             while (problem := self._make(jetstream)) and time.monotonic() < deadline:
@@ -144,6 +149,8 @@ def main() -> None:
     places: list[Place] = []
     try:
         places.extend(Place(directory, replicas) for replicas in (1, 3))
+        for place in places:
+            place.start()
         seen: dict[int, list[Round]] = {place.replicas: [] for place in places}
         for number in range(arguments.rounds):
             for place in places if number % 2 else places[::-1]:

@@ -274,9 +274,11 @@ class Play:
 
     def _repeat(self, row: Row) -> None:
         played, url = self.rows[row.point], self._server.url
-        if row.has_lease:
+        leased_until = self._leased_at[row.point] + TIMEOUT_SECONDS + SETTLING_SECONDS
+        # Where the machine was so slow that the lease is over, this would be the repetition itself.
+        if row.has_lease and time.monotonic() < leased_until - 2:
             answer = ask(url, SEND_EMAIL, row.request(subject=row.point, timeout_seconds=0.5), 20)
-            if time.monotonic() < self._leased_at[row.point] + TIMEOUT_SECONDS + SETTLING_SECONDS - 0.5:
+            if time.monotonic() < leased_until - 0.5:
                 played.in_between = answer
         request = row.request(subject=row.point, timeout_seconds=REPEATED_TIMEOUT_SECONDS)
         played.answer = ask(url, SEND_EMAIL, request, 2 * REPEATED_TIMEOUT_SECONDS)

@@ -175,7 +175,7 @@ def test_buckets_that_lose_data(place: Place) -> None:
     assert done.returncode == 1
     assert f"nats stream edit {contract.LOG_STREAM} --max-msgs-per-subject=-1 --force" in done.stdout
     check = place.operator.run("check")
-    assert "counts end there (`relayctl buckets` says what to do)" in " ".join(check.stdout.split())
+    assert "counts end there; `relayctl buckets` says what to do" in " ".join(check.stdout.split())
 
 
 # -- events -----------------------------------------------------------------------------------------------------------
