@@ -29,8 +29,6 @@ RELAYED = "mail relayed"
 RELAYED_FIELDS = ("email_id", "group_id", "outcome", "compose_ms", "smtp_ms", "tracking_ms")
 """The one line that every mail writes, which is why a program may give ``Books`` a cheaper way to write it."""
 
-REPLY_CLASSES = ("2xx", "4xx", "5xx", "none")
-
 
 def log_relayed_line(*values: object) -> None:
     """Logs ``RELAYED`` with the values of ``RELAYED_FIELDS``."""
@@ -61,7 +59,7 @@ class Books:
         """How many requests ended how: the states of ``Outcome``, ``refused``, and ``not_sent`` on purpose."""
         self.last_error = ""
         """The detail of the last mail that was not relayed, with its time."""
-        self.reply_classes: Counter[str] = Counter(dict.fromkeys(REPLY_CLASSES, 0))
+        self.reply_classes: Counter[str] = Counter()
         """What the smarthost said last of each mail; ``none`` where it said nothing."""
         self.send_seconds = Histogram()
         """From a request that is attempted to its reply."""

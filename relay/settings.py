@@ -655,9 +655,11 @@ def captured(defaults: Mapping[str, str], **fixed: str) -> dict[str, str]:
     """What this environment says, of Relay's settings and of what its libraries read (AWS_*, OTEL_*), by name.
 
     ``defaults`` where it sets nothing, ``fixed`` in any case; what is set to nothing is ''. Not RELAY_STATE_DIR, which
-    says where what is captured is kept.
+    says where what is captured is kept. Raises ``ConfigError`` when a value is no text, which nothing can keep.
     """
     found = {_name_of(name): value for name, value in os.environ.items() if _is_handed_on(name)}
+    if unfit := [name for name, value in found.items() if any("\ud800" <= letter <= "\udfff" for letter in value)]:
+        raise ConfigError(f"the value of {', '.join(sorted(unfit))} is not text in UTF-8; set it to something that is")
     return found | {name: value for name, value in defaults.items() if not found.get(name)} | fixed
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import nats.errors
 from gevent.event import Event
 
+from relay import contract
 from relay.bus.access import Access
 from relay.bus.config import BusConfig
 from relay.bus.nats_client import (
@@ -41,6 +42,10 @@ WATCH_SECONDS = 1.0
 _VIOLATION = re.compile(r'permissions violation for (subscription|publish) to "([^"]*)"', re.IGNORECASE)
 
 
+_NO_REPLIES = ("$", f"{contract.LOG_PREFIX}.", contract.PARKED_SUBJECT)
+"""Where it is refused to write, mail still goes out, untracked: who wrote there is told, and goes on without."""
+
+
 class Connection:
     """One connection to NATS, whichever client has it at the moment. ``stay`` is a task of the loop."""
 
@@ -55,7 +60,7 @@ class Connection:
         self._config = config
         self._access = Access(config)
         self._name = name
-        self._inbox = inbox.lower()
+        self._inbox = inbox
         self._subscriptions = subscriptions
         self._on_change = on_change
         self._is_closing = False
@@ -77,7 +82,7 @@ class Connection:
         self.on_inbox_refused: Callable[[], None] | None = None
         """That has just been said."""
         self.on_denied: Callable[[str], None] | None = None
-        """This user may not publish to the subject, which nats-py has put in lower case."""
+        """This user may not publish to the subject."""
 
     def _words(self, error: BaseException) -> str:
         """One line for why there is no connection."""
@@ -179,14 +184,14 @@ class Connection:
         if verb == "publish" and self.on_denied is not None:
             self.on_denied(nats_subject)
         if verb == "subscription":
-            if nats_subject.lower().startswith(f"{self._inbox}."):
+            if nats_subject.startswith(f"{self._inbox}."):
                 self.inbox_refused = True
                 if self.on_inbox_refused is not None:
                     self.on_inbox_refused()
                 self._cannot_serve(self.inbox_words)
             elif self._subscriptions.serves(nats_subject):
                 self._cannot_serve(f"this user may not subscribe to {nats_subject}; grant it in NATS")
-        elif not nats_subject.startswith("$"):  # without $JS and $KV mail still goes out, untracked
+        elif not nats_subject.startswith(_NO_REPLIES):
             prefix = nats_subject.partition(".")[0]
             self._cannot_serve(f"this user may not publish to {prefix}.>; grant it in NATS")
 

@@ -44,6 +44,9 @@ _MSG = re.compile(rb"MSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+)\r\n")
 _HMSG = re.compile(rb"HMSG ([^ \r\n]+) (\d+) (?:([^ \r\n]+) )?(\d+) (\d+)\r\n")
 """``HMSG subject sid [reply] header-size size``; the size is that of header fields and payload together."""
 
+_PERMISSIONS = "permissions violation"
+"""In an error of the server's that does not end the connection, in nats-py's lower case."""
+
 _NO_TEXT = "dropped a message on %.100r that cannot be decoded: %s"
 
 
@@ -63,6 +66,8 @@ class _Parser(nats.protocol.parser.Parser):
         self._rest = bytearray()
         self._needed_bytes = 0
         """Before there is anything to be done with what is there."""
+        self.line = b""
+        """The control line that nats-py was given last."""
         self._resets = getattr(self, "_resets", 0) + 1
 
     async def parse(self, data: bytes = b"") -> None:
@@ -109,7 +114,8 @@ class _Parser(nats.protocol.parser.Parser):
                     break
                 if data.startswith((b"MSG ", b"HMSG "), here):
                     raise nats.errors.ProtocolError("nats: malformed MSG")
-                self.buf += data[here:line_end]
+                self.line = data[here:line_end]
+                self.buf += self.line
                 here = line_end
                 await super().parse()
             if self._resets != resets:  # the connection ended meanwhile
@@ -137,7 +143,7 @@ class TamedClient(Client):
     def __init__(self, access: Access | None = None) -> None:
         super().__init__()
         self._access = access or Access(BusConfig(""))
-        self._ps = _Parser(self)
+        self._ps: _Parser = _Parser(self)
         self.handlers: dict[int, Callable[[Msg], None]] = {}
         """Of which subscription, by nats-py's number for it."""
         self._unsent: list[bytes] = []
@@ -255,6 +261,15 @@ class TamedClient(Client):
                 raise AccessUnusable("it offers no TLS, which our settings ask for; nothing was said to it")
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
+
+    async def _process_err(self, err_msg: str) -> None:
+        """A refused subject is told as it is written: nats-py has put the whole line into lower case."""
+        if _PERMISSIONS not in err_msg:
+            await super()._process_err(err_msg)
+            return
+        said = self._ps.line.removeprefix(b"-ERR").strip().decode("utf-8", "replace")
+        self._err = nats.errors.Error(f"nats: {said}")
+        await self._error_cb(self._err)
 
     async def _process_connect_init(self) -> None:
         """Leaves at once what could not be set up.

@@ -240,10 +240,9 @@ class Outbox:
 
     def _on_denied(self, nats_subject: str) -> None:
         for inbox, asked in list(self._pending.items()):
-            denied = asked[0]
-            if denied.lower() == nats_subject.lower():
+            if asked[0] == nats_subject:
                 del self._pending[inbox]
-                _fail(asked, BusRefused(f"this user may not publish to {denied}; grant it in NATS", DENIED))
+                _fail(asked, BusRefused(f"this user may not publish to {nats_subject}; grant it in NATS", DENIED))
 
     def _on_inbox_refused(self) -> None:
         self._fail_all(self._no_inbox())

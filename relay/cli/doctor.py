@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,24 +14,24 @@ from rich.text import Text
 from relay.cli.running_relay import log_findings, not_running, pids_of, running_relay
 from relay.cli.status_view import Snapshot, take_snapshot
 from relay.cli.terminal import (
+    LEVEL_STYLES,
     console,
     current_supervision,
     json_option,
+    leave,
     plain,
     print_json,
     settings_of_the_running_relay,
 )
-from relay.errors import EXIT_FAILED, RelayError
+from relay.errors import EXIT_FAILED, EXIT_OK, RelayError
 from relay.ops.arrangement import read_arrangement
-from relay.ops.doctor.bus import NOTHING_RUNS, Running
 from relay.ops.doctor.examination import Chapter, examine
 from relay.ops.doctor.finding import Finding, failed, warning
 from relay.ops.orders import read_settings
 from relay.ops.supervision import Supervision, SupervisionError
 from relay.settings import Settings, adopt, load_settings
 
-STYLES = {"failed": "red", "warning": "yellow", "ok": "green"}
-LEVELS = list(STYLES)
+LEVELS = list(LEVEL_STYLES)
 WIDTH = 80
 INDENT = 10
 
@@ -62,8 +61,7 @@ def doctor(as_json_: bool, quiet: bool, environment: bool) -> None:
         print_json(_as_json(chapters))
     else:
         _say_how_it_is(found)
-    if any(finding.level == "failed" for finding in found):
-        sys.exit(EXIT_FAILED)
+    leave(EXIT_FAILED if any(finding.level == "failed" for finding in found) else EXIT_OK)
 
 
 def _examination(*, is_from_here: bool) -> Iterator[Chapter]:
@@ -81,8 +79,7 @@ def _examination(*, is_from_here: bool) -> Iterator[Chapter]:
         first += log_findings(supervision)
     yield Chapter("Relay", first)
     pids = {} if snapshot is None else pids_of(snapshot)
-    running = NOTHING_RUNS if snapshot is None else Running({pid: name for name, pid in pids.items()}, snapshot.is_well)
-    yield from examine(settings, running, pids)
+    yield from examine(settings, {pid: name for name, pid in pids.items()}, pids)
 
 
 def _as_the_workers_have_them(supervision: Supervision) -> Settings:
@@ -115,7 +112,7 @@ def _look_at(supervision: Supervision) -> tuple[Snapshot | None, list[Finding]]:
 def _as_json(chapters: list[Chapter]) -> dict[str, Any]:
     found = [finding for chapter in chapters for finding in chapter.findings]
     return {
-        **{level: sum(finding.level == level for finding in found) for level in STYLES},
+        **{level: sum(finding.level == level for finding in found) for level in LEVELS},
         "findings": [
             {
                 "about": chapter.title,
@@ -139,7 +136,7 @@ def _show(chapter: Chapter, is_quiet: bool) -> None:
     width = out.width if out.is_terminal else WIDTH
     out.print(Text(chapter.title, style="bold"))
     for finding in sorted(shown, key=lambda each: LEVELS.index(each.level)):
-        mark = Text(f"  {finding.level:<{INDENT - 2}}", style=STYLES[finding.level])
+        mark = Text(f"  {finding.level:<{INDENT - 2}}", style=LEVEL_STYLES[finding.level])
         if finding.ok:
             lines = _wrapped(f"{finding.what}: {finding.detail}", width)
             lines[0].stylize("bold", 0, len(finding.what))

@@ -50,12 +50,12 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
             sys.exit(stay(supervision, command, environment))
         supervision.launch(command, environment)
         statuses = _wait_ready(supervision, timeout)
+        failed = [status for status in statuses if not status.is_ready]
+        if failed:
+            _explain_failed_start(supervision, failed)
+            sys.exit(EXIT_FAILED)
     except RelayError as error:
         fail(error)
-    failed = [status for status in statuses if not status.is_ready]
-    if failed:
-        _explain_failed_start(supervision, failed)
-        sys.exit(EXIT_FAILED)
     console().print(render(take_snapshot(supervision)))
 
 

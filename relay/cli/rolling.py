@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import click
 import orjson
@@ -20,7 +21,7 @@ from relay.ops.changes import Change, changes, missing
 from relay.ops.devstack import DEFAULTS as DEV_DEFAULTS
 from relay.ops.devstack import DevStack
 from relay.ops.host import check_port_free
-from relay.ops.rolling import Rolling, RollStopped, Step, What
+from relay.ops.rolling import STATUS_WORKER, Rolling, RollStopped, Step, What
 from relay.ops.supervision import Supervision
 from relay.settings import Settings, captured
 
@@ -104,7 +105,7 @@ def reload(timeout: float, unset: bool, as_json_: bool) -> None:
         found = _changes(rolling, values)
         _check(rolling, settings, values, is_unset=unset)
         rolling.mend()
-        if not found:
+        if not found and rolling.has_taken(settings):
             if not as_json_:
                 click.echo("nothing has changed; `relayctl restart` restarts all the same")
             return
@@ -141,7 +142,8 @@ def _check(rolling: Rolling, settings: Settings, values: dict[str, str], *, is_u
                 "the ports of the development stack's servers (NATS_URL, SMTP_PORT) cannot change while they run;"
                 " `relayctl stop` and `relayctl start --dev`; nothing was changed"
             )
-    if settings.port != rolling.now.told["port"]:
+    port_changes = "PORT" in {each.name for each in changes(rolling.settings_of(STATUS_WORKER), values)}
+    if port_changes and settings.port != rolling.now.told["port"]:  # or it may be ours already
         check_port_free(settings.relay_http_host, settings.port, "PORT")
 
 
@@ -170,7 +172,8 @@ def _ends_soon() -> Iterator[list[int]]:
             say("what was being restarted may be left stopped; say the command again")
             raise Interrupted(EXIT_FAILED)
         asked.append(number)
-        say("ending as soon as nothing is left stopped; once more ends at once")
+        with _heard_or_not(sys.stderr):
+            say("ending as soon as nothing is left stopped; once more ends at once")
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = [signal.signal(number, on_signal) for number in numbers]
@@ -181,21 +184,33 @@ def _ends_soon() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def _heard_or_not(stream: TextIO) -> Iterator[None]:
+    """Who read may have gone (a closed terminal, `| head`): no worker must be left stopped for that."""
+    try:
+        yield
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 def _show(step: Step, as_json: bool) -> None:
-    if as_json:
-        told = {"program": step.program, "what": step.what.value, "seconds": round(step.seconds, 3)}
-        _line({"at": time.time(), **told, "detail": step.detail})
-        return
     took = f" in {step.seconds:.1f} s" if step.what in {What.READY, What.DRAINED, What.REMOVED} else ""
-    click.echo(f"{step.program:<12} {step.what.value}{took}{f': {plain(step.detail)}' if step.detail else ''}")
-    sys.stdout.flush()
+    with _heard_or_not(sys.stdout):
+        if as_json:
+            told = {"program": step.program, "what": step.what.value, "seconds": round(step.seconds, 3)}
+            _line({"at": time.time(), **told, "detail": step.detail})
+        else:
+            click.echo(f"{step.program:<12} {step.what.value}{took}{f': {plain(step.detail)}' if step.detail else ''}")
+            sys.stdout.flush()
 
 
 def _show_change(change: Change, as_json: bool) -> None:
-    if as_json:
-        _line({"at": time.time(), "setting": change.name, "before": change.before, "after": change.after})
-    else:
-        click.echo(plain(str(change)))
+    with _heard_or_not(sys.stdout):
+        if as_json:
+            _line({"at": time.time(), "setting": change.name, "before": change.before, "after": change.after})
+        else:
+            click.echo(plain(str(change)))
 
 
 def _line(told: dict[str, object]) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 from click.shell_completion import get_completion_class
 from rich.table import Table
 from rich.text import Text
 
 from relay.cli.settings_text import effective, markdown_table
-from relay.cli.terminal import console, current_settings, json_option, plain, print_json, settings_of_the_running_relay
-from relay.errors import EXIT_FAILED
+from relay.cli.terminal import (
+    LEVEL_STYLES,
+    console,
+    current_settings,
+    json_option,
+    leave,
+    plain,
+    print_json,
+    settings_of_the_running_relay,
+)
+from relay.errors import EXIT_FAILED, EXIT_OK
 from relay.ops.preflight import Finding, findings
 
 
@@ -33,8 +40,7 @@ def check(as_json_: bool) -> None:
             console().print(_line(finding))
     if as_json_:
         print_json([finding._asdict() for finding in found])
-    if any(not finding.ok and not finding.is_warning for finding in found):
-        sys.exit(EXIT_FAILED)
+    leave(EXIT_FAILED if any(finding.level == "failed" for finding in found) else EXIT_OK)
 
 
 @click.command()
@@ -75,9 +81,6 @@ def completion(shell: str) -> None:
 
 
 def _line(finding: Finding) -> Text:
-    if finding.ok:
-        mark, style = "ok", "green"
-    else:
-        mark, style = ("warning", "yellow") if finding.is_warning else ("failed", "red")
     told = f"{finding.detail}; {finding.remedy}" if finding.remedy else finding.detail
-    return Text.assemble((f"{mark:<8}", style), (f"{finding.what:<15} ", "bold"), plain(told))
+    mark = (f"{finding.level:<8}", LEVEL_STYLES[finding.level])
+    return Text.assemble(mark, (f"{finding.what:<15} ", "bold"), plain(told))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -33,6 +34,13 @@ NATS_LOGIN = (
 )
 NATS_TLS = ("nats_ca", "nats_cert", "nats_key", "nats_tls_first")
 """Settings that mean something together: one of them set here, and none of the others is taken from elsewhere."""
+
+NATS_FILES = frozenset(
+    {"nats_creds", "nats_nkey_seed_file", "nats_password_file", "nats_token_file", "nats_ca", "nats_cert", "nats_key"}
+)
+
+LEVEL_STYLES = {"failed": "red", "warning": "yellow", "ok": "green"}
+"""How serious a finding is, the worst first, and how that is shown."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -91,10 +99,13 @@ def settings_of_the_running_relay() -> Settings:
     if not supervision.is_running():
         return current_settings()
     started = supervision.started()
-    names = ("nats_url", "port", "smtp_host", "smtp_port", "email_enabled")
     here = current_settings()
-    nats = {name.upper(): value for name, value in _nats_as_started(started, _not_said(here)).items() if value}
-    return current_settings(nats | {name.upper(): str(started[name]) for name in names if name in started})
+    names = _not_said(here)
+    if "nats_inbox_prefix" in names:  # one is checked against the other
+        names += ("relay_reply_prefixes",)
+    nats = {name.upper(): value for name, value in _nats_as_started(started, names).items() if value}
+    others = ("port", "smtp_host", "smtp_port", "email_enabled")
+    return current_settings(nats | {name.upper(): str(started[name]) for name in others if name in started})
 
 
 def current_supervision() -> Supervision:
@@ -157,8 +168,14 @@ def _nats_as_started(started: Mapping[str, Any], names: Collection[str]) -> dict
     found = {name: kept.get(name.upper(), "") for name in names}
     if "nats_creds" not in found:  # another login is said here
         found["nats_url"] = without_password(found.get("nats_url", ""))
-    no_files = {"nats_url", "nats_user", "nats_password", "nats_inbox_prefix", "nats_tls_first"}
-    return {name: str(directory / text) if text and name not in no_files else text for name, text in found.items()}
+    return {name: str(directory / text) if text and name in NATS_FILES else text for name, text in found.items()}
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends the process now, as nothing else would while the name servers are silent: a thread waits for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def fail(error: RelayError) -> NoReturn:

@@ -160,6 +160,7 @@ class Smarthost:
         rate = self._rate
         was_limited = rate.is_limited
         waits_since = time.monotonic()
+        problem = ""
         try:
             if was_limited:
                 self._pacer.wait(recipients, deadline, is_retry=is_retry)
@@ -169,9 +170,12 @@ class Smarthost:
                 self._pool.hand_back(session)
                 self._pacer.wait(recipients, deadline)
                 session = self._pool.acquire(deadline)
+        except EgressUnavailable as error:
+            problem = type(error).__name__
+            raise
         finally:
             now = time.monotonic()
-            self._note_wait(waits_since, now)
+            self._note_wait(waits_since, now, problem)
         if deadline - now < self._usual_seconds * ROOM_FOR_SLOWER and self._is_too_late(deadline, now):
             # The content would go out with no time left for its reply: in doubt, where "not sent" is certain now.
             self._pool.hand_back(session)
@@ -257,10 +261,14 @@ class Smarthost:
         if Remedy.SLOWER in remedies:
             return self._connection(len(mail.paths), mail.deadline, is_retry=True)
         waits_since = time.monotonic()
+        problem = ""
         try:
             return self._pool.acquire(mail.deadline)
+        except EgressUnavailable as error:
+            problem = type(error).__name__
+            raise
         finally:
-            self._note_wait(waits_since, time.monotonic())
+            self._note_wait(waits_since, time.monotonic(), problem)
 
     def _transact(
         self,
@@ -299,10 +307,10 @@ class Smarthost:
             _tell(self._follower, host, outcomes, began_at, now)
         return outcomes, ending
 
-    def _note_wait(self, begun_at: float, ended_at: float) -> None:
+    def _note_wait(self, begun_at: float, ended_at: float, problem: str) -> None:
         self.pool_wait_seconds.observe(ended_at - begun_at)
         if self._follower is not None:
-            self._follower.step(WAIT, begun_at, ended_at)
+            self._follower.step(WAIT, begun_at, ended_at, problem=problem)
 
     def _settle_later(self, session: Session, mail: _Mail) -> None:
         # In the context of the request that this mail is from, for the follower's sake.

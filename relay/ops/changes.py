@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from relay.bus.client import without_password
+from relay.bus.config import without_password
 from relay.settings import is_secret, is_set
 
 COUNTS = frozenset({"RELAY_SEND_WORKERS", "RELAY_STATUS_WORKERS"})

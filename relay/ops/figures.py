@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from relay import __version__
 from relay.bus.micro import MicroService
 from relay.bus.service import Gate, Service
+from relay.ops.catalogue import CLAIMS, SQS_STEPS
 from relay.ops.process import Context
 from relay.ops.readings import engagement_reading, send_reading, status_reading
 
@@ -26,19 +27,7 @@ if TYPE_CHECKING:
     from relay.submission.admission import Admission
     from relay.tracking.tracker import Tracker
 
-POLLED = ("received", "deleted", "undeleted", "left", "extended", "broken", "receive_failures")
-CLAIMS = (
-    "claimed",
-    "taken_over",
-    "repeated",
-    "payload_differs",
-    "in_progress",
-    "unavailable",
-    "overloaded",
-    "uncommitted",
-    "unsettled",
-    "lost",
-)
+POLLED = (*SQS_STEPS, "receive_failures")
 OUTCOMES = ("relayed", "failed", "deferred", "in_doubt", "settled", "refused", "not_sent")
 
 

@@ -59,7 +59,7 @@ def _hopeless_exit_code(supervision: Supervision) -> int:
     except SupervisionError:  # supervisord is starting, or ending
         return EXIT_OK
     print(f"relayctl: {hopeless.name} can never work like this; see what it said above", flush=True)
-    return hopeless.report.exit_code if hopeless.report is not None else EXIT_FAILED
+    return (hopeless.report.exit_code if hopeless.report is not None else 0) or EXIT_FAILED
 
 
 def _is_hopeless(status: ProgramStatus) -> bool:

@@ -1,4 +1,4 @@
-"""This host, as far as starting and stopping must know it: ports, processes, where relayctl was called."""
+"""This host, as far as starting and stopping must know it: which ports are free, which processes have ended."""
 
 from __future__ import annotations
 

@@ -167,10 +167,13 @@ def _started(state_dir: Path) -> list[str]:
 def _is_running(pid: int, program: str) -> bool:
     """Whether the pid is still that worker's: a pid may be given to another process."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = [*Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"), ""]
     except OSError:
         return False
-    return f"workers.{_kind(program)}".encode() in command
+    kind = _kind(program)
+    module = f"workers.{kind}"
+    # One that is started without a name has that of its kind.
+    return module in words and program == (words[words.index(module) + 1] or kind)
 
 
 def _summed(metric: Metric, told: Iterable[dict[str, dict[str, float]]]) -> Family:

@@ -54,8 +54,8 @@ def read_settings(path: Path) -> dict[str, str]:
 
 
 def forget_settings(state_dir: Path, but: Collection[str]) -> None:
-    """Removes all that were kept but those files. Raises ``OSError``."""
-    for path in (state_dir / "settings").glob("*.json"):
+    """Removes all that were kept but those files, and what a killed writer left. Raises ``OSError``."""
+    for path in (state_dir / "settings").glob("*"):
         if str(path) not in but:
             path.unlink(missing_ok=True)
 

@@ -1,8 +1,9 @@
 """What Relay may have to do on NATS, subject by subject: who wants to give its users no more than that.
 
 Pure data. ``conf/nats/permissions.conf`` says the same in nats-server's words, and a test holds the two together;
-``relayctl check`` asks for each by name. A user who may publish to ``$JS.API.…`` can have JetStream publish what is
-stored there to any subject, since JetStream's answers are nobody's publications: that is for Relay and its operators.
+``relayctl doctor`` names those that a user lacks. A user who may publish to ``$JS.API.…`` can have JetStream publish
+what is stored there to any subject, since JetStream's answers are nobody's publications: that is for Relay and its
+operators.
 """
 
 from __future__ import annotations
@@ -11,15 +12,13 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from relay import contract
 from relay.bus.micro import NAME
+from relay.tracking.inspection import INDEX, RECORDS, REQUESTS
 
 if TYPE_CHECKING:
     from relay.settings import Settings
 
 Verb = Literal["publish", "subscribe"]
 
-RECORDS: Final = f"KV_{contract.RECIPIENTS_BUCKET}"
-REQUESTS: Final = f"KV_{contract.REQUESTS_BUCKET}"
-GROUP_INDEX: Final = f"KV_{contract.GROUP_INDEX_BUCKET}"
 ASKED: Final = (contract.SEND_EMAIL, contract.GET_EMAIL_STATUS, contract.GET_EMAIL_ENGAGEMENT_ANALYTICS)
 
 
@@ -86,7 +85,7 @@ _READING: Final = (
     *_direct(RECORDS, f"$KV.{contract.RECIPIENTS_BUCKET}.>"),
     *_stream(contract.LOG_STREAM),
     *_direct(contract.LOG_STREAM),
-    _asking("STREAM.MSG.GET.{}", GROUP_INDEX, "arrays that lfx wrote, where there are any"),
+    _asking("STREAM.MSG.GET.{}", INDEX, "arrays that lfx wrote, where there are any"),
     *_stream(REQUESTS),
 )
 _EVENTS: Final = (
@@ -132,10 +131,6 @@ def needs(settings: Settings) -> tuple[Need, ...]:
     )
 
 
-NEEDS: Final = needs_of_workers("_INBOX", ("_INBOX", "_R_"), (), has_events=True)
-"""What a relay with default settings and events needs."""
-
-
 def needs_of_operators(inbox_prefix: str) -> tuple[Need, ...]:
     """What the user of ``relayctl`` needs: every command, nothing that serves callers."""
     deleting = (
@@ -161,23 +156,8 @@ def needs_of_operators(inbox_prefix: str) -> tuple[Need, ...]:
         ),
         *_WRITING,
         *_READING,
-        _asking("STREAM.INFO.{}", GROUP_INDEX, "`relayctl buckets`"),
+        _asking("STREAM.INFO.{}", INDEX, "`relayctl buckets`"),
         *_EVENTS,
         *deleting,
         *following,
     )
-
-
-def needed_for(subject: str, wanted: tuple[Need, ...] = NEEDS) -> Need | None:
-    """The permission that a subject falls under, as the server names it when it refuses; None: not one of Relay's."""
-    refused = subject.lower().split(".")
-    return next((need for need in wanted if _matches(need.subject.lower().split("."), refused)), None)
-
-
-def _matches(pattern: list[str], tokens: list[str]) -> bool:
-    for place, each in enumerate(pattern):
-        if each == ">":
-            return len(tokens) > place
-        if place >= len(tokens) or each not in {"*", tokens[place]}:
-            return False
-    return len(pattern) == len(tokens)

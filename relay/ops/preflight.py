@@ -21,7 +21,7 @@ __all__ = ["Finding", "findings"]
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
-    """Every answer, as it is found. Takes up to about 20 s where something does not answer."""
+    """Every answer, as it is found. Takes up to about 40 s where nothing answers."""
     yield known_names()
     yield from this_host(settings)
     yield from nats(settings)

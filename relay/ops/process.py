@@ -19,7 +19,8 @@ from typing import NamedTuple, NoReturn, Protocol
 import gevent
 from gevent.event import Event
 
-from relay.bus.client import Bus, without_password
+from relay.bus.client import Bus
+from relay.bus.config import without_password
 from relay.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, EXIT_TEMPORARY, ConfigError, EgressUnavailable
 from relay.ops.logs import start_logging
 from relay.ops.measuring import Measuring
@@ -78,9 +79,9 @@ class Worker(Protocol):
 def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
     """Runs a worker until SIGTERM or SIGINT; a second one means now. Never returns.
 
-    The program's name may be given as first argument (``send-2``), a file that outranks the environment's settings as
-    second. Exits 0 after an orderly stop, 78
-    on bad settings, 75 when the worker gave up for now, 1 when it could not go on.
+    The program's name may be given as first argument (``send-2``), a file whose settings replace the environment's as
+    second. Exits 0 after an orderly stop, 78 on bad settings, 75 when the worker gave up for now, 1 when it could not
+    go on.
     """
     program = sys.argv[1] if len(sys.argv) > 1 else program
     try:

@@ -23,7 +23,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from relay.errors import EXIT_CONFIG
 from relay.ops.arrangement import (
     EXTRA,
     Arrangement,
@@ -47,7 +46,7 @@ from relay.ops.orders import (
     tell_send_workers,
     write_atomically,
 )
-from relay.ops.supervision import LIVE_STATES, ProgramStatus, Supervision, SupervisionError
+from relay.ops.supervision import LIVE_STATES, ProgramStatus, Supervision, SupervisionError, has_failed
 from relay.settings import Settings
 
 LOOK_SECONDS: Final = 0.05
@@ -56,7 +55,6 @@ SHARE_SECONDS: Final = 3.0
 STOP_MARGIN_SECONDS: Final = 10.0
 """Beyond ``stop_wait_seconds``, when supervisord kills it."""
 STOPPED_STATES: Final = frozenset({"STOPPED", "STOPPING"})
-HOPELESS_STATES: Final = frozenset({"FATAL", "UNKNOWN"})
 STATUS_WORKER: Final = "status"
 
 
@@ -211,6 +209,10 @@ class Rolling:
             self.scale(count)
         self._write(self.now._replace(send_workers_set=settings.relay_send_workers))
 
+    def has_taken(self, settings: Settings) -> bool:
+        """Whether a reload of these got to its end: a worker's own settings do not tell."""
+        return self.now.told == told_of(settings) and self.now.send_workers_set == settings.relay_send_workers
+
     def is_concerned(self, program: str, values: dict[str, str]) -> bool:
         """Whether a worker has to be restarted to have these settings."""
         return concern_a_worker(self.settings_of(program), values)
@@ -263,8 +265,11 @@ class Rolling:
 
     def _start(self, new: Sequence[Program]) -> None:
         """Starts them side by side; takes all of them away again when one does not become ready."""
+        ready = {status.name for status in self._supervision.statuses() if status.is_ready}
+        # A substitute that was left serves on: it may be all that serves. Unless it has other settings.
+        new = [each for each in new if each.name not in ready or self.now.programs.get(each.name) != each]
         for each in new:
-            if each.name in self.now.programs:  # a substitute that was left
+            if each.name in self.now.programs:
                 self._stop([each.name])
             self._say(Step(each.name, What.STARTING))
         self._add(new)
@@ -302,12 +307,13 @@ class Rolling:
         """Drains them side by side, and forgets them."""
         if not names:
             return
-        waits = [self.now.programs[name].stop_wait_seconds for name in names if name in self.now.programs]
+        # Of all: one that a killed command was about to take away is not among them any more, and may still drain.
+        wait_seconds = max(each.stop_wait_seconds for each in self.now.programs.values())
         self._write(self.now.without(names))
         begun = time.monotonic()
         for name in names:
             self._say(Step(name, What.DRAINING))
-        self._stop(names, max(waits, default=0.0))
+        self._stop(names, wait_seconds)
         self._supervision.read_again()
         for name in names:
             self._say(Step(name, What.REMOVED, time.monotonic() - begun))
@@ -332,17 +338,22 @@ class Rolling:
 
     # -- waiting -----------------------------------------------------------------------------------
     def _wait_ready(self, names: Sequence[str]) -> ProgramStatus | None:
-        """Blocks until all are ready, one has failed, or time is up; one that is not ready then."""
+        """Blocks until all are ready, one has failed, or time is up; one that is not ready then.
+
+        Raises ``SupervisionError`` when supervisord has one of them no more: somebody else took it away.
+        """
         begun = time.monotonic()
         waiting = set(names)
         while waiting:
             statuses = [status for status in self._supervision.statuses() if status.name in waiting]
+            if gone := waiting - {status.name for status in statuses}:
+                raise SupervisionError(f"{min(gone)} was taken away while it was starting; say the command again")
             for status in statuses:
                 if status.is_ready:
                     waiting.discard(status.name)
                     self._say(Step(status.name, What.READY, time.monotonic() - begun))
             late = [status for status in statuses if not status.is_ready]
-            failed = next((status for status in late if _has_failed(status)), None)
+            failed = next((status for status in late if has_failed(status)), None)
             is_over = time.monotonic() - begun > self._timeout_seconds or self._is_asked_to_end()
             if late and (failed or is_over):
                 return failed or late[0]
@@ -379,11 +390,3 @@ class Rolling:
 
 _TURNS: Final = ("nats", "catcher", "engagement", "status", "send")
 """Who can be put back with nothing else changed comes first: those of which there is one."""
-
-
-def _has_failed(status: ProgramStatus) -> bool:
-    """Whether it will not become ready without someone doing something."""
-    report = status.report
-    return status.state in HOPELESS_STATES or (
-        report is not None and (report.has_given_up or report.exit_code == EXIT_CONFIG)
-    )

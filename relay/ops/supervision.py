@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import orjson
-from supervisor.xmlrpc import SupervisorTransport
+from supervisor.xmlrpc import Faults
 
 from relay.errors import EXIT_CONFIG
 from relay.ops.arrangement import (
@@ -36,7 +37,7 @@ from relay.ops.arrangement import (
 from relay.ops.devstack import DevStack
 from relay.ops.host import check_port_free, in_words, is_listening, wait_gone
 from relay.ops.orders import forget_drain_seconds, forget_settings, keep_settings, tell_drain_seconds, tell_send_workers
-from relay.ops.presence import Report, presence_path, read_presence
+from relay.ops.presence import Report, Stage, presence_path, read_presence
 from relay.settings import Settings
 
 __all__ = ["ProgramStatus", "Supervision", "SupervisionError", "check_port_free", "is_worker"]
@@ -47,8 +48,9 @@ LOCK_SECONDS = 0.2
 MAX_SOCKET_PATH_BYTES = 107
 UNFIT_CHARACTERS = frozenset('%;#"\\\r\n')
 """What supervisord's and nats-server's files would expand, cut off or end at."""
-FAILED_STATES = frozenset({"FATAL", "EXITED", "UNKNOWN", "STOPPED"})
-"""supervisord's words for a program that it does not try to start any more."""
+FAILED_STATES = frozenset({"FATAL", "UNKNOWN"})
+"""supervisord's words for a program that it cannot run. (Who has EXITED is started again, and one added is STOPPED
+until it is started.)"""
 LIVE_STATES = frozenset({"STARTING", "RUNNING", "BACKOFF"})
 """Those of a program that can be told to stop."""
 
@@ -187,7 +189,7 @@ class Supervision:
         return read_started(self.state_dir)
 
     def is_running(self) -> bool:
-        """Whether a supervisord answers in this directory."""
+        """Whether a supervisord answers in this directory. Raises ``SupervisionError`` when one is there and hangs."""
         if not self._socket.exists():
             return False
         try:
@@ -247,16 +249,17 @@ class Supervision:
     @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
         """Keeps others from changing what runs. ``what``: the command, for them. Raises ``SupervisionError``."""
-        with self.writing(), contextlib.ExitStack() as stack:
-            path = self.state_dir / "change.lock"
-            file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+"))
-            if not _locked(file):
-                raise SupervisionError(
-                    f"{file.read() or 'another relayctl'} is at work in {self.state_dir}; wait until it is done"
-                )
-            file.truncate(0)
-            file.write(f"`relayctl {what}` (pid {os.getpid()})")
-            file.flush()
+        with contextlib.ExitStack() as stack:
+            with self.writing():
+                path = self.state_dir / "change.lock"
+                file = stack.enter_context(os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+"))
+                if not _locked(file):
+                    raise SupervisionError(
+                        f"{file.read() or 'another relayctl'} is at work in {self.state_dir}; wait until it is done"
+                    )
+                file.truncate(0)
+                file.write(f"`relayctl {what}` (pid {os.getpid()})")
+                file.flush()
             yield
 
     def is_being_changed(self) -> bool:
@@ -280,7 +283,7 @@ class Supervision:
         try:
             self._asked("removeProcessGroup", name)
         except xmlrpc.client.Fault as fault:
-            return "BAD_NAME" in fault.faultString  # there is none
+            return bool(fault.faultCode == Faults.BAD_NAME)  # there is none
         presence_path(self.state_dir, name).unlink(missing_ok=True)
         return True
 
@@ -294,8 +297,11 @@ class Supervision:
 
     def add(self, name: str) -> None:
         """Has supervisord run a program as its configuration has it, which it has read."""
-        with contextlib.suppress(xmlrpc.client.Fault):  # it has it already
+        try:
             self._asked("addProcessGroup", name)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != Faults.ALREADY_ADDED:
+                raise SupervisionError(f"supervisord does not run {name}: {fault.faultString}") from fault
 
     # -- stop ------------------------------------------------------------------------------
     def stop(self, timeout_seconds: float, *, drain_seconds: float | None = None, is_kill: bool = False) -> list[str]:
@@ -306,21 +312,25 @@ class Supervision:
         Raises ``SupervisionError`` when there is nothing to stop, or it still runs after the timeout.
         """
         deadline = time.monotonic() + timeout_seconds
-        if drain_seconds is not None:
+        pids = self.orphans()
+        if drain_seconds is not None and (pids or self.is_running()):
             with self.writing():
                 tell_drain_seconds(self.state_dir, drain_seconds)
-        pids = self.orphans()
         try:
             pids = {"supervisord": int(self._call("getPID")), **pids}
             self.begin_draining()
             self._call("shutdown")
         except xmlrpc.client.Fault:  # it is shutting down already; a second SIGTERM would cut what is in flight
-            pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text()), **pids}
+            with contextlib.suppress(OSError, ValueError):  # it has just ended
+                pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text()), **pids}
         except (OSError, xmlrpc.client.Error) as error:
             if not pids:
                 raise SupervisionError(f"no relay runs in {self.state_dir}; nothing to stop") from error
-            for pid in pids.values():
-                os.kill(pid, signal.SIGTERM)
+            for name, pid in pids.items():
+                report = read_presence(self.state_dir, name, pid)
+                if report is None or report.stage is not Stage.DRAINING:  # a second SIGTERM would cut here, too
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
         left = wait_gone(pids, deadline)
         if not left:
             return []
@@ -363,7 +373,7 @@ class Supervision:
         try:
             return self._call(method, *arguments)
         except xmlrpc.client.Fault as fault:
-            if "SHUTDOWN_STATE" in fault.faultString:
+            if fault.faultCode == Faults.SHUTDOWN_STATE:
                 raise SupervisionError(f"the relay in {self.state_dir} is being stopped") from fault
             raise
         except (OSError, xmlrpc.client.Error) as error:
@@ -371,18 +381,40 @@ class Supervision:
 
     def _call(self, method: str, *arguments: object) -> Any:
         """One call of supervisord's XML-RPC interface. Raises ``OSError`` and ``xmlrpc.client.Error``."""
-        transport = SupervisorTransport(None, None, f"unix://{self._socket}")
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(RPC_SECONDS)  # the transport has no way to be told of a time limit
         try:
-            with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport) as proxy:
+            with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=_Transport(self._socket)) as proxy:
                 return getattr(proxy.supervisor, method)(*arguments)
         except TimeoutError as error:
             raise SupervisionError(
                 f"the supervisord in {self.state_dir} does not answer; its pid is in supervisord.pid there"
             ) from error
-        finally:
-            socket.setdefaulttimeout(before)
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket; no wait in it is longer than ``RPC_SECONDS``."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("127.0.0.1")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(RPC_SECONDS)
+        self.sock.connect(str(self._path))
+
+
+class _Transport(xmlrpc.client.Transport):
+    """Supervisor's own can be given no time limit."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: tuple[str, dict[str, str]] | str) -> http.client.HTTPConnection:
+        """As the base class does: kept, so that ``close`` finds it."""
+        connection = _Connection(self._path)
+        self._connection = (host, connection)
+        return connection
 
 
 def _working_directory(otherwise: Path) -> Path:
@@ -399,7 +431,7 @@ def has_failed(status: ProgramStatus) -> bool:
 
 
 def cannot_work(status: ProgramStatus) -> bool:
-    """Whether starting it again changes nothing: supervisord gave up, or it said so itself when it ended."""
+    """Whether starting it again changes nothing: supervisord cannot, or it said so itself when it ended."""
     return status.state in FAILED_STATES or (status.report is not None and status.report.exit_code == EXIT_CONFIG)
 
 

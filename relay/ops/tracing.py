@@ -151,6 +151,7 @@ class Tracing:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
 
+        logging.getLogger("opentelemetry.util.re").addFilter(_without_what_was_given)
         given = OTELResourceDetector().detect().attributes
         own = {
             "service.name": "relay",
@@ -281,8 +282,7 @@ class Tracing:
     # -- what becomes of it --------------------------------------------------------------------
     def _put(self, what: _Journey | _Late) -> None:
         if len(self._queue) >= QUEUE_LIMIT or self._is_closing:
-            self.dropped += 1
-            self._unreported += 1
+            self._lose(1)
             return
         self._queue.append(what)
         if len(self._queue) == BATCH:
@@ -303,24 +303,28 @@ class Tracing:
                 return
 
     def _export_some(self, followed: Sequence[_Journey | _Late]) -> None:
-        spans = self._maker.spans(followed)
-        for exporter in self._exporters:
-            try:
-                is_taken = exporter.export(spans).name == "SUCCESS"
-            except Exception as error:  # noqa: BLE001 - the boundary of exporting: it must go on with the next ones
-                self._last_words.told = without_addresses(f"{type(error).__name__}: {error}")
-                is_taken = False
-            if is_taken:
-                self.exported += len(spans)
-            else:
-                self.dropped += len(followed)
-                self._unreported += len(followed)
+        is_taken = False
+        try:
+            spans = self._maker.spans(followed)
+            results = [exporter.export(spans) for exporter in self._exporters]
+            is_taken = all(result.name == "SUCCESS" for result in results)
+            self.exported += len(spans) if is_taken else 0
+        except Exception as error:  # noqa: BLE001 - the boundary of exporting: it must go on with the next ones
+            self._last_words.told = without_addresses(f"{type(error).__name__}: {error}"[:200])
+        finally:  # also when it is cut off
+            if not is_taken:
+                self._lose(len(followed))
+
+    def _lose(self, requests: int) -> None:
+        self.dropped += requests
+        self._unreported += requests
 
     def _say_what_is_lost(self) -> None:
         now = time.monotonic()
         if self._unreported and (now >= self._quiet_until or self._is_closing):
             why = self._last_words.told or "there were more than could be exported"
             log.warning("the spans of %d requests are lost: %s", self._unreported, why)
+            self._last_words.told = ""  # the next ones may be lost for another reason
             self._unreported = 0
             self._quiet_until = now + QUIET_SECONDS
 
@@ -334,8 +338,7 @@ class Tracing:
             gevent.spawn(exporter.shutdown).join(max(0.1, until - time.monotonic()))
         if not self._exporting.dead:
             self._exporting.kill(timeout=0.5)
-            self.dropped += len(self._queue)
-            self._unreported += len(self._queue)
+            self._lose(len(self._queue))
             self._queue.clear()
             self._say_what_is_lost()
 
@@ -489,6 +492,12 @@ class _LastWords(logging.Handler):
         """As ``logging`` says."""
         if record.name.startswith("opentelemetry.exporter") and record.levelno >= logging.ERROR:
             self.told = without_addresses(record.getMessage()[:200])
+
+
+def _without_what_was_given(record: logging.LogRecord) -> bool:
+    """A header that OpenTelemetry cannot read is told whole by it, and headers hold the collector's passwords."""
+    record.args = ("(not shown)",)
+    return True
 
 
 class _Ids(logging.Filter):

@@ -5,7 +5,9 @@ bucket is written as soon as they take it. Bounded in bytes: what does not fit i
 the process ends; the tracker counts and logs that.
 
 Writing again is harmless: a record is only ever created, and a fact is known by its id as long as the server remembers
-that (``DUPLICATE_WINDOW_SECONDS``). One that was tried longer ago is looked up in the log first.
+that (``DUPLICATE_WINDOW_SECONDS``). One that was tried longer ago is looked up in the log first. Where the log is too
+long for that, again and again, the record is written without the fact and the mail counts as lost, lest it keep those
+behind it waiting for ever; ``relayctl repair`` can tell.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ PAUSE_SECONDS = 1.0
 SURELY_KNOWN_SECONDS = DUPLICATE_WINDOW_SECONDS / 2
 """So long after it was first tried a fact may be stated again, whatever the server's clock and the network do."""
 LOOKUP_SECONDS = 5.0
+MOST_LOOKUPS = 3
+"""In a row that may come to nothing, before facts are given up."""
+TOO_LONG = "the log is too long to look up whether a mail is in it"
 SKEW_SECONDS = 60.0
 """By how much the server's clock may differ from ours."""
 OVERHEAD_BYTES = 400
@@ -89,6 +94,8 @@ class Arrears:
         self._in_hand: list[Owed] = []
         self._size_bytes = 0
         self._writer: gevent.Greenlet | None = None
+        self._vain_lookups = 0
+        """In a row."""
         self._is_closed = False
         self.problem = ""
         """Why the last one that was tried could not be written."""
@@ -145,11 +152,12 @@ class Arrears:
 
     def _write(self, batch: Sequence[Owed]) -> list[Owed]:
         """Those that are still owed afterwards, in their order."""
-        known = self._known(batch)
-        if known is None:
+        looked_up = self._look_up(batch)
+        if looked_up is None:
             return list(batch)
+        known, unclear = looked_up
         begun_at = time.monotonic()
-        publications = [_publications(each, known) for each in batch]
+        publications = [_publications(each, known | unclear) for each in batch]
         answers = iter(self._jetstream.store([each for one in publications for each in one], self._ack_seconds))
         left = []
         for owed, own in zip(batch, publications, strict=True):
@@ -160,7 +168,10 @@ class Arrears:
                 if isinstance(answer, Exception) and not isinstance(answer, RevisionConflict)
             ]
             if not errors:
-                self._written(owed.email_id)
+                if owed.email_id in unclear:
+                    self._lost(owed.email_id, f"its record is written; {TOO_LONG}, relayctl repair can tell")
+                else:
+                    self._written(owed.email_id)
                 continue
             hopeless = next((each for each in errors if _is_its_own(each)), None)
             if hopeless is not None:
@@ -170,10 +181,14 @@ class Arrears:
             left.append(owed if owed.tried_at is not None else owed._replace(tried_at=begun_at))
         return left
 
-    def _known(self, batch: Sequence[Owed]) -> set[str] | None:
-        """The mails whose fact is in the log since a try of long ago; None when it cannot be told now."""
+    def _look_up(self, batch: Sequence[Owed]) -> tuple[set[str], set[str]] | None:
+        """Of those that were tried long ago: whose fact is in the log, and of whom it will not be told.
+
+        None when it cannot be told now.
+        """
         now = time.monotonic()
         known: set[str] = set()
+        unclear: set[str] = set()
         try:
             for token, of_group in _doubtful(batch, now):
                 ids = {each.email_id for each in of_group}
@@ -182,14 +197,19 @@ class Arrears:
                 lacking = self._log.lacking(
                     token, Fact.SENT, {(email_id, "") for email_id in ids}, between, now + LOOKUP_SECONDS
                 )
-                if lacking is None:
-                    self.problem = "the log is too long to look up whether a mail is in it"
+                if lacking is not None:
+                    self._vain_lookups = 0
+                    known |= ids - {email_id for email_id, _ in lacking}
+                    continue
+                self.problem = TOO_LONG
+                self._vain_lookups += 1
+                if self._vain_lookups < MOST_LOOKUPS:
                     return None
-                known |= ids - {email_id for email_id, _ in lacking}
+                unclear |= ids
         except (BusUnavailable, BusRefused) as error:
             self.problem = str(error)
             return None
-        return known
+        return known, unclear
 
 
 def _publications(owed: Owed, known: set[str]) -> list[Publication]:

@@ -391,6 +391,11 @@ WHOLE = Operator().creds(USER)
         (read_creds, WHOLE.replace(SECRET, DAMAGED), "damaged"),
         (read_creds, WHOLE.replace(SECRET, ACCOUNT.seed), "must hold a user's seed"),
         (read_creds, WHOLE.partition("eyJ")[0] + "xx.yy.zz" + "\n" + "-----END NATS USER JWT-----" + WHOLE, "damaged"),
+        (
+            read_creds,
+            WHOLE.replace("eyJ", "ey\N{LATIN SMALL LETTER E WITH ACUTE}", 1),
+            "as `nsc generate creds` writes them",
+        ),
         (read_line, "", "must hold one line"),
         (read_line, "hush-hush\nhush-hush\n", "must hold one line"),
     ],

@@ -275,6 +275,36 @@ def test_a_refused_subscription_is_told(new_nats_server: NewServer) -> None:
         bus.close()
 
 
+@pytest.mark.parametrize(
+    ("nats_subject", "words"),
+    [
+        ("_INBOX.Billing.1", "this user may not publish to _INBOX.>; grant it in NATS"),
+        ("lfx.email-service.log.spring.sent", ""),
+        ("lfx.email-service.parked", ""),
+        ("$KV.email-recipients.e-1", ""),
+    ],
+)
+def test_a_refused_publication(new_nats_server: NewServer, nats_subject: str, words: str) -> None:
+    """Without replies nobody is served; where only tracking is refused, mail goes out."""
+    denied = f'publish: {{deny: "{nats_subject}"}}'
+    server = new_nats_server(
+        config=f'authorization {{ users: [{{user: "w", password: "w", permissions: {{{denied}}}}}] }}'
+    )
+    told: list[tuple[bool, str]] = []
+    bus = Bus(server.url.replace("//", "//w:w@"), "test", lambda is_connected, why: told.append((is_connected, why)))
+    bus.start()
+    try:
+        assert bus.wait_connected(5)
+        bus.publish(Publication(nats_subject, b""))
+        with gevent.Timeout(5):
+            while "Violation" not in bus.last_error:
+                gevent.sleep(0.02)
+        assert nats_subject in bus.last_error
+        assert told[-1] == ((False, words) if words else (True, ""))
+    finally:
+        bus.close()
+
+
 def test_closing_has_a_deadline_also_when_nats_is_frozen(new_nats_server: NewServer, new_bus: NewBus) -> None:
     server = new_nats_server()
     bus = new_bus(server.url)

@@ -494,7 +494,7 @@ def test_waits_and_transactions_are_timed() -> None:
 
 
 def test_a_wait_in_vain_is_timed_and_a_transaction_that_never_began_is_not() -> None:
-    with ScriptedSmtp({"dot": wait(0.5)}) as server, smarthost_for(server, pool_size=1) as smarthost:
+    with ScriptedSmtp({"dot": wait(1.5)}) as server, smarthost_for(server, pool_size=1) as smarthost:
         busy = gevent.spawn(relay, smarthost)
         eventually(lambda: "DATA" in server.commands)
         (late,) = relay(smarthost, seconds=0.1)
@@ -502,14 +502,14 @@ def test_a_wait_in_vain_is_timed_and_a_transaction_that_never_began_is_not() -> 
         busy.get(timeout=5)
         relay(smarthost, "bob\r\n@example.com")
         assert sum(smarthost.pool_wait_seconds.counts) == 3
-        assert 0.1 <= smarthost.pool_wait_seconds.sum_seconds < 0.4
+        assert 0.1 <= smarthost.pool_wait_seconds.sum_seconds < 1.5
         assert sum(smarthost.transaction_seconds.counts) == 1
 
 
 def test_a_transaction_in_doubt_is_timed_once_to_its_end() -> None:
-    with ScriptedSmtp({"dot": wait(0.4)}) as server, smarthost_for(server) as smarthost:
-        (outcome,) = relay(smarthost, seconds=0.2)
+    with ScriptedSmtp({"dot": wait(1.0)}) as server, smarthost_for(server) as smarthost:
+        (outcome,) = relay(smarthost, seconds=0.5)
         assert outcome.state is State.IN_DOUBT
         eventually(lambda: smarthost.figures()["awaiting_dot"] == 0)
         assert sum(smarthost.transaction_seconds.counts) == 1
-        assert smarthost.transaction_seconds.sum_seconds >= 0.4
+        assert smarthost.transaction_seconds.sum_seconds >= 1.0

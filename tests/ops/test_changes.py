@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
+from relay.errors import ConfigError
 from relay.ops.changes import changes, concern_a_worker, missing
 from relay.settings import adopt, captured, load_settings
 
@@ -38,6 +41,12 @@ def test_numbers_of_workers_concern_none_of_them() -> None:
 def test_what_is_not_mentioned_any_more_and_what_is_unset_on_purpose() -> None:
     before = {"SMTP_HOST": "a.example.com", "SMTP_USERNAME": "ann", "SMTP_HELO_NAME": ""}
     assert missing(before, {"SMTP_USERNAME": ""}) == ["SMTP_HOST"]
+
+
+def test_what_is_no_text_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", os.fsdecode(b"m\xfcll"))
+    with pytest.raises(ConfigError, match="AWS_PROFILE is not text in UTF-8"):
+        captured({})
 
 
 def test_an_environment_is_adopted_as_it_was_captured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,9 +57,10 @@ def new_process() -> Iterator[NewProcess]:
     """Starts processes that look like workers; their pids."""
     made: list[subprocess.Popen[bytes]] = []
 
-    def start(module: str = "send") -> int:
-        program = "import signal; print(flush=True); signal.pause()"
-        made.append(subprocess.Popen([sys.executable, "-c", program, f"workers.{module}"], stdout=subprocess.PIPE))
+    def start(program: str = "send-1") -> int:
+        code = "import signal; print(flush=True); signal.pause()"
+        words = [f"workers.{program.partition('-')[0]}", program]
+        made.append(subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE))
         assert made[-1].stdout is not None
         made[-1].stdout.readline()
         return made[-1].pid
@@ -150,7 +151,7 @@ def test_counters_are_added_up_over_everybody_who_ever_counted(
     metrics: Metrics, state_dir: Path, new_process: NewProcess
 ) -> None:
     tell(state_dir, "send-1", new_process(), counters=relayed(5))
-    tell(state_dir, "send-2", new_process(), age_seconds=60, counters=relayed(7))  # it hangs
+    tell(state_dir, "send-2", new_process("send-2"), age_seconds=60, counters=relayed(7))  # it hangs
     tell(state_dir, "send-9", 2**22 + 1, age_seconds=30, counters=relayed(11))  # taken away long ago
     assert numbers(metrics.page())["relay_requests_total"]["relayed",] == 23
 
@@ -173,14 +174,16 @@ def test_histograms_are_added_up_and_cumulative(metrics: Metrics, state_dir: Pat
 
 def test_gauges_are_those_of_who_runs_and_tells(metrics: Metrics, state_dir: Path, new_process: NewProcess) -> None:
     gauges = {"relay_smtp_connections": {"busy": 3, "idle": 1}, "relay_smtp_circuit_open_workers": {"": True}}
-    dead = new_process()
+    dead = new_process("send-5")
     os.kill(dead, signal.SIGKILL)  # and nobody has waited for it: its pid is still there
     tell(state_dir, "send-1", new_process(), gauges=gauges)
-    tell(state_dir, "send-2", new_process(), gauges=gauges)
-    tell(state_dir, "send-3", new_process(), age_seconds=FRESH_SECONDS + 1, gauges=gauges)
+    tell(state_dir, "send-2", new_process("send-2"), gauges=gauges)
+    tell(state_dir, "send-3", new_process("send-3"), age_seconds=FRESH_SECONDS + 1, gauges=gauges)
     tell(state_dir, "send-4", os.getpid(), gauges=gauges)  # a pid that has become another's
     tell(state_dir, "send-5", dead, gauges=gauges)
     tell(state_dir, "send-6", new_process("status"), gauges=gauges)
+    # One that was taken away, and whose pid has become another worker's: as in a container that was made anew
+    tell(state_dir, "send-7", new_process("send-8"), age_seconds=FRESH_SECONDS + 1, gauges=gauges)
     deadline = time.monotonic() + 5
     while Path(f"/proc/{dead}/cmdline").read_bytes():
         assert time.monotonic() < deadline
@@ -196,7 +199,7 @@ def test_the_queue_is_the_same_for_all_who_look_at_it(
 ) -> None:
     for number, waiting in ((1, 40), (2, 41)):
         gauges = {"relay_sqs_queue_messages": {"waiting": waiting, "in_flight": 0, "delayed": 2}}
-        tell(state_dir, f"engagement-{number}", new_process("engagement"), gauges=gauges)
+        tell(state_dir, f"engagement-{number}", new_process(f"engagement-{number}"), gauges=gauges)
     found = numbers(metrics.page())
     assert found["relay_sqs_queue_messages"] == {("waiting",): 41, ("in_flight",): 0, ("delayed",): 2}
 
@@ -208,7 +211,7 @@ def test_workers_by_stage_and_how_many_there_should_be(
         orjson.dumps({"programs": dict.fromkeys(("nats", "send-1", "send-2", "send-3", "status", "engagement"), 0)})
     )
     for program, stage in (("send-1", "ready"), ("send-2", "draining"), ("status", "waiting")):
-        pid = new_process(program.partition("-")[0])
+        pid = new_process(program)
         tell(state_dir, program, pid)
         be_present(state_dir, program, pid, stage)
     found = numbers(metrics.page())
@@ -250,7 +253,7 @@ def test_whatever_lies_in_the_directory_there_is_a_page(metrics: Metrics, state_
     (state_dir / "started.json").write_bytes(b'{"programs": 7}')
     begun = time.monotonic()
     found = numbers(metrics.page())
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
     assert found["relay_requests_total"]["relayed",] == 5
     assert found["relay_figures_unreadable"][()] == 5
     assert set(found["relay_worker_starts_total"]) == {("send-1",)}

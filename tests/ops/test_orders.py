@@ -23,6 +23,7 @@ from relay.ops.orders import (
 def test_settings_are_kept_from_others_under_the_next_number(tmp_path: Path) -> None:
     first = keep_settings(tmp_path, {"SMTP_PASSWORD": 'per%cent "quote"\n'})
     second = keep_settings(tmp_path, {})
+    first.with_suffix(".partial").write_text("of a writer that was killed")
     assert (first.name, second.name) == ("1.json", "2.json")
     assert first.stat().st_mode & 0o077 == 0
     assert first.parent.stat().st_mode & 0o077 == 0

@@ -15,7 +15,7 @@ import pytest
 from relay.errors import ConfigError
 from relay.ops.arrangement import SupervisionError, conf_file, is_worker, programs
 from relay.ops.devstack import DevStack
-from relay.ops.supervision import Supervision
+from relay.ops.supervision import ProgramStatus, Supervision, cannot_work
 from relay.settings import Settings, captured
 from tests.support.nats_server import free_port
 
@@ -107,6 +107,21 @@ def test_how_it_was_started_is_kept_from_others(settings: Settings) -> None:
 
 def test_the_template_is_found() -> None:
     assert conf_file("supervisord.conf").is_file()
+
+
+@pytest.mark.parametrize(("state", "is_hopeless"), [("EXITED", False), ("BACKOFF", False), ("FATAL", True)])
+def test_who_has_exited_is_started_again(state: str, is_hopeless: bool) -> None:
+    assert cannot_work(ProgramStatus("send-1", state, 0, 0, None, False)) == is_hopeless
+
+
+def test_there_is_nothing_to_stop(tmp_path: Path) -> None:
+    with pytest.raises(SupervisionError, match="nothing to stop"):
+        Supervision(tmp_path / "never").stop(1, drain_seconds=5)
+
+
+def test_what_goes_wrong_while_something_is_changed_is_not_put_down_to_the_directory(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError), Supervision(tmp_path).changing("restart"):
+        raise BrokenPipeError
 
 
 CONFIGURATION = """

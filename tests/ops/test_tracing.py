@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +286,102 @@ def test_what_a_collector_does_not_take_is_counted_and_said_once(
     assert line.startswith("the spans of 5 requests are lost: ")
 
 
+class Hanging:
+    """An exporter that never comes back."""
+
+    def export(self, spans: Sequence[Any]) -> None:
+        """Hangs."""
+        assert spans
+        gevent.sleep(60.0)
+
+    def shutdown(self) -> None:
+        """Nothing."""
+
+
+def test_what_is_cut_off_at_the_end_is_counted(
+    new_tracing: Callable[[str], Tracing], caplog: pytest.LogCaptureFixture
+) -> None:
+    tracing = new_tracing("http://127.0.0.1:9")
+    hanging: Any = Hanging()
+    tracing._exporters[:] = [hanging]
+    ask = answering(tracing, lambda _: b"{}")
+    for _ in range(3):
+        ask({})
+    tracing.close(0.2)
+    assert tracing.dropped == 3
+    assert "the spans of 3 requests are lost" in caplog.text
+
+
+def test_a_step_that_cannot_be_told_costs_its_batch_and_no_more(
+    new_tracing: Callable[[str], Tracing], collector: OtlpCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing_module, "BATCH", 1)
+    tracing = new_tracing(collector.url)
+
+    def answer(_: Msg) -> bytes:
+        tracing.step("a step", math.nan, 1.0)
+        return b"{}"
+
+    answering(tracing, answer)({})
+    answering(tracing, lambda _: b"{}")({})
+    tracing.close()
+    assert (tracing.dropped, tracing.exported, len(collector.spans)) == (1, 1, 1)
+
+
+def test_each_loss_has_its_own_reason(
+    new_tracing: Callable[[str], Tracing], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing_module, "EXPORT_SECONDS", 0.05)
+    monkeypatch.setattr(tracing_module, "QUIET_SECONDS", 0.0)
+    refusing = OtlpCollector(status=400)
+    try:
+        tracing = new_tracing(refusing.url)
+        ask = answering(tracing, lambda _: b"{}")
+        ask({})
+        wait_for(lambda: len(caplog.messages) == 1)
+        monkeypatch.setattr(tracing_module, "QUEUE_LIMIT", 0)
+        ask({})
+        wait_for(lambda: len(caplog.messages) == 2)
+    finally:
+        refusing.stop()
+    assert "code: 400" in caplog.messages[0]
+    assert caplog.messages[1].endswith("there were more than could be exported")
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    """Until it is, ten seconds at most."""
+    with gevent.Timeout(10.0):
+        while not is_so():
+            gevent.sleep(0.01)
+
+
+def test_a_header_that_cannot_be_read_is_not_told(
+    new_tracing: Callable[[str], Tracing], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "Authorization: Bearer secret-1")
+    new_tracing("http://127.0.0.1:9")
+    assert "Header format invalid!" in caplog.text
+    assert "secret-1" not in caplog.text
+
+
+def test_a_wait_in_vain_is_an_error(new_tracing: Callable[[str], Tracing], collector: OtlpCollector) -> None:
+    tracing = new_tracing(collector.url)
+    with ScriptedSmtp({"banner": say("554 5.3.2 not now")}) as server:
+        send_with(tracing, server, seconds=5.0)
+    tracing.close()
+    by_name = {span.name: span for span in collector.spans}
+    assert set(by_name) == {"a.subject process", "smtp wait"}
+    wait_span = by_name["smtp wait"]
+    assert (wait_span.is_error, wait_span.attributes["error.type"]) == (True, "NotConnected")
+
+
 def test_a_mail_that_was_not_taken_names_the_reply(
     new_tracing: Callable[[str], Tracing], collector: OtlpCollector
 ) -> None:
     tracing = new_tracing(collector.url)
-    with ScriptedSmtp({"rcpt": say("550 5.1.1 <alice@example.com> is unknown")}) as server:
+    # Given a connection that is worth a span
+    replies = {"ehlo": wait(0.05), "rcpt": say("550 5.1.1 <alice@example.com> is unknown")}
+    with ScriptedSmtp(replies) as server:
         send_with(tracing, server, seconds=5.0)
     tracing.close()
     by_name = {span.name: span for span in collector.spans}
@@ -310,8 +402,8 @@ def test_the_transaction_of_a_mail_in_doubt_is_told_when_it_ends(
     new_tracing: Callable[[str], Tracing], collector: OtlpCollector
 ) -> None:
     tracing = new_tracing(collector.url)
-    with ScriptedSmtp({"dot": wait(0.4)}) as server:
-        send_with(tracing, server, seconds=0.2)
+    with ScriptedSmtp({"dot": wait(1.0)}) as server:
+        send_with(tracing, server, seconds=0.5)
     tracing.close()
     request, *_ = [span for span in collector.spans if span.name == "a.subject process"]
     unheard, settled = [span for span in collector.spans if span.name == "smtp transaction"]

@@ -85,7 +85,8 @@ def test_a_relay_with_creds_over_tls(secured: Secured, new_relay: Callable[..., 
     for name in ("NATS_URL", "NATS_CREDS", "NATS_CA", "NATS_INBOX_PREFIX"):
         del relay.settings[name]
     status = json.loads(relay.relayctl("status", "--json").stdout)
-    assert status["nats"] == {"url": secured.url, "connected": True, "problem": "", "server_version": "2.15.1"}
+    del status["nats"]["server_version"]
+    assert status["nats"] == {"url": secured.url, "connected": True, "problem": ""}
     assert status["ready"], status
 
     # An operator adds a login of its own, and nothing else: the URL and the CA are the relay's.

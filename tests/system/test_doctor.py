@@ -91,6 +91,29 @@ def test_the_relays_own_settings_are_what_counts(relay: RelayProcess) -> None:
     assert finding(relay_findings(relay, "doctor", "--json", "--environment"), "SMTP")["level"] == "failed"
 
 
+def test_a_shell_that_knows_the_state_directory_alone(
+    state_dir: Path, new_nats_server: Callable[..., NatsServer], smtp: SmtpThread
+) -> None:
+    """It asks as the relay does, or with an operator's login, whatever the relay's own settings are."""
+    users = 'users: [{ user: "w", password: "w" }, { user: "operator", password: "hunter2" }]'
+    url = new_nats_server(config=f"authorization {{ {users} }}").url.replace("//", "//w:w@")
+    inbox = {"RELAY_REPLY_PREFIXES": "_INBOX,answers", "NATS_INBOX_PREFIX": "answers.relay"}
+    relay = RelayProcess(state_dir, url, smtp.port, RELAY_SEND_WORKERS="1", **inbox)
+    own = dict(relay.settings)
+    relay.start()
+    try:
+        for name in ("NATS_URL", *inbox):
+            del relay.settings[name]
+        for login in ({}, {"NATS_USER": "operator", "NATS_PASSWORD": "hunter2"}):
+            relay.settings |= login
+            for command in ("check", "doctor"):
+                done = relay.relayctl(command)
+                assert done.returncode == 0, f"{command} {login}: {done.stdout}{done.stderr}"
+    finally:
+        relay.settings = own
+        assert relay.relayctl("stop").returncode == 0
+
+
 def relay_findings(relay: RelayProcess, *command: str) -> list[dict[str, str]]:
     """All that is found."""
     found: list[dict[str, str]] = json.loads(relay.relayctl(*command).stdout)["findings"]
@@ -181,6 +204,35 @@ def test_everything_hangs(state_dir: Path, hanging: int) -> None:
     assert code == 1
     assert {each["about"] for each in found if each["level"] == "failed"} >= {"NATS", "Smarthost"}
     assert "Amazon" in {each["about"] for each in found}
+
+
+@pytest.mark.parametrize("command", ["check", "doctor"])
+def test_name_servers_that_do_not_answer(state_dir: Path, command: str) -> None:
+    """A lookup cannot be broken off: the process does not wait for its end."""
+    resolv_conf = state_dir / "resolv.conf"
+    resolv_conf.write_text("nameserver 127.86.77.1\noptions timeout:15 attempts:3\n")
+    settings = {"NATS_URL": "nats://nats.example.com", "SMTP_HOST": "smtp.example.com", "EMAIL_ENABLED": "true"}
+    inside = f'mount --bind "{resolv_conf}" /etc/resolv.conf || exit 99; exec "$0" {command}'
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        try:
+            silent.bind(("127.86.77.1", 53))
+        except PermissionError:
+            pytest.skip("this user may not listen on port 53")
+        begun = time.monotonic()
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", inside, str(RELAYCTL)],
+            env=clean_environment(settings) | {"RELAY_STATE_DIR": str(state_dir)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip("this user may not mount")
+    assert time.monotonic() - begun < MOST_SECONDS
+    assert done.returncode == 1, done.stderr
+    for name in ("nats.example.com", "smtp.example.com"):
+        assert f"the name servers do not answer for {name}" in " ".join(done.stdout.split())
 
 
 def test_a_clock_that_is_wrong(state_dir: Path, nats_server: NatsServer, smtp: SmtpThread) -> None:

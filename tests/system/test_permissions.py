@@ -22,7 +22,7 @@ import pytest
 from relay import contract
 from relay.bus.client import Bus, BusConfig
 from relay.bus.jetstream import JetStream
-from relay.ops.permissions import LOOKING, NEEDS, Need, needed_for, needs_of_operators, needs_of_workers
+from relay.ops.permissions import LOOKING, needs_of_operators, needs_of_workers
 from tests.conftest import require
 from tests.support.caller import GET_ANALYTICS, GET_EMAIL_STATUS, MAIL, SEND_EMAIL
 from tests.support.moto_server import IS_THERE, MotoServer
@@ -203,7 +203,9 @@ def test_the_operator_has_every_command(stage: Stage) -> None:
     ):
         done = stage.relayctl(*arguments)
         assert done.returncode == 0, f"{arguments}: {done.stdout}\n{done.stderr}"
-    assert "permissions" in stage.relayctl("doctor").stdout, "an operator may do less than a relay, and is told so"
+    examined = json.loads(stage.relayctl("doctor", "--json").stdout)["findings"]
+    told = [each["detail"] for each in examined if each["what"] == "permissions"]
+    assert told == ["the NATS user operator is an operator's, not the workers': theirs were not looked at"]
     config = BusConfig(stage.server.url, user="operator", password="operator", inbox_prefix="_INBOX.operator")
     bus = Bus(config, "test")
     bus.start()
@@ -505,20 +507,4 @@ def test_the_shipped_permissions_are_those_of_the_table() -> None:
     workers = needs_of_workers("_INBOX.relay", ("_INBOX", "_R_"), (), has_events=True)
     assert permissions_in("RELAY_PERMISSIONS") == set(map(str, (*workers, *LOOKING)))
     assert permissions_in("OPERATOR_PERMISSIONS") == set(map(str, needs_of_operators("_INBOX.operator")))
-
-
-@pytest.mark.parametrize(
-    ("refused", "needed"),
-    [
-        ("$kv.email-recipients.e-1", "$KV.email-recipients.>"),
-        ("lfx.email-service.log.-.sent", "lfx.email-service.log.*.*"),
-        ("lfx.email-service.log.sent", ""),
-        ("$js.api.stream.info.email_log", "$JS.API.STREAM.INFO.EMAIL_LOG"),
-        ("$KV.email-recipients", ""),
-        ("$SYS.REQ", ""),
-    ],
-)
-def test_a_refused_subject_is_found_in_the_table(refused: str, needed: str) -> None:
-    found = needed_for(refused)
-    assert (found.subject if isinstance(found, Need) else "") == needed
-    assert len({str(need) for need in NEEDS}) == len(NEEDS), "each once"
+    assert len(set(map(str, workers))) == len(workers), "each once"

@@ -15,6 +15,7 @@ from relay.bus.client import Bus
 from relay.bus.jetstream import JetStream
 from relay.bus.kv import Bucket
 from relay.tracking import arrears
+from relay.tracking import log as log_module
 from relay.tracking.arrears import Arrears, Owed
 from relay.tracking.facts import Fact
 from relay.tracking.log import Log, fact_publication
@@ -140,6 +141,27 @@ def test_a_fact_that_the_server_may_have_forgotten_is_looked_up(jetstream: JetSt
     assert Log(jetstream).counts("arrears-3") == {"sent": 2}
     assert has_record(jetstream, mail.email_id)
     assert has_record(jetstream, fresh.email_id)
+
+
+def test_a_log_that_is_too_long_to_look_keeps_nobody_waiting(
+    jetstream: JetStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "LOOKUP_PAGES", 0)
+    monkeypatch.setattr(arrears, "PAUSE_SECONDS", 0.01)
+    # Given a mail of which nobody can tell whether its fact is in the log, and one behind it
+    doubtful = owed(jetstream, "arrears-7", tried_at=time.monotonic() - arrears.SURELY_KNOWN_SECONDS - 1)
+    fresh = owed(jetstream, "arrears-7")
+    books = Books(jetstream)
+    books.arrears.put(doubtful)
+    books.arrears.put(fresh)
+    books.wait_written()
+    # Then it has its record, and whoever mends the log is told
+    assert books.written == [fresh.email_id]
+    ((email_id, why),) = books.lost
+    assert email_id == doubtful.email_id
+    assert "relayctl repair" in why
+    assert has_record(jetstream, doubtful.email_id)
+    assert Log(jetstream).counts("arrears-7") == {"sent": 1}
 
 
 @pytest.mark.parametrize("action", [Action.DROP, Action.CUT_BEFORE, Action.CUT_AFTER])

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import gevent
@@ -30,7 +31,7 @@ from relay.ops.permissions import ASKED, Need, needs, needs_of_operators
 from relay.settings import Settings
 from relay.tracking.inspection import FACTS, FULL_SHARE, INDEX, RECORDS, REQUESTS, Condition, duration, inspect
 from relay.tracking.log import Log
-from relay.tracking.record import last_event_at, parse_time
+from relay.tracking.record import is_email_id, last_event_at, parse_time
 from relay.tracking.storage import DAY_SECONDS, NO_JETSTREAM, NO_JETSTREAM_CODES, why_unusable
 
 CONNECT_SECONDS = 3.0
@@ -54,20 +55,13 @@ NO_ANSWER_REMEDY = (
 )
 
 
-class Running(NamedTuple):
-    """What is known of the relay that runs here."""
-
-    programs: Mapping[int, str]
-    """By pid."""
-    is_well: bool
-    """Whether all its workers serve."""
+Programs = Mapping[int, str]
+"""The workers that run here, by pid."""
+NOTHING_RUNS: Programs = {}
 
 
-NOTHING_RUNS = Running({}, False)
-
-
-def nats(settings: Settings, *, may_make: bool = True, running: Running = NOTHING_RUNS) -> Iterator[Finding]:
-    """The questions, as they are answered. Takes 15 s at most."""
+def nats(settings: Settings, *, may_make: bool = True, running: Programs = NOTHING_RUNS) -> Iterator[Finding]:
+    """The questions, as they are answered. Each takes some seconds at most."""
     try:
         bus = Bus(bus_config(settings), "relayctl")
     except ConfigError as error:
@@ -171,7 +165,7 @@ def _request_ids(bus: Bus, settings: Settings) -> Finding:
 
 
 # -- without a trace ---------------------------------------------------------------------------------------------
-def _thorough(bus: Bus, settings: Settings, running: Running) -> Iterator[Finding]:
+def _thorough(bus: Bus, settings: Settings, running: Programs) -> Iterator[Finding]:
     yield from _unreachable(settings.nats_url)
     watch = Watch()
     told = user_info(bus)
@@ -184,7 +178,7 @@ def _thorough(bus: Bus, settings: Settings, running: Running) -> Iterator[Findin
         detail = f"the NATS user {told.user} is an operator's, not the workers': theirs were not looked at"
         yield well("permissions", detail)
     else:
-        yield from _permissions(missing, told.user if told is not None else "", running)
+        yield from _permissions(missing, told.user if told is not None else "")
     yield from _payload(bus, settings)
     yield from _versions(bus, running)
     jetstream = JetStream(bus, timeout_seconds=ASK_SECONDS)
@@ -209,13 +203,10 @@ def _is_operators(permissions: Mapping[str, Any], wanted: Iterable[Need], missin
     return all(need in missing for need in serving) and not lacking(permissions, needs_of_operators(inbox))
 
 
-def _permissions(missing: list[Need], user: str, running: Running) -> Iterator[Finding]:
+def _permissions(missing: list[Need], user: str) -> Iterator[Finding]:
     who = f"the NATS user {user}" if user else "this NATS user"
     if not missing:
         yield well("permissions", f"{who} may do all that a relay does")
-        return
-    if running.is_well:  # it runs as another user, so this one is an operator's
-        yield well("permissions", f"{who} may do less than a relay does, and the relay here does all it has to")
         return
     for group, effect, is_fatal in (
         ([need for need in missing if need.verb == "subscribe" and need.subject in ASKED], "no request arrives", True),
@@ -267,7 +258,7 @@ class _Instances:
         """There is nobody to be counted."""
 
 
-def _versions(bus: Bus, running: Running) -> Iterator[Finding]:
+def _versions(bus: Bus, running: Programs) -> Iterator[Finding]:
     instances = _Instances()
     token = bus.request_stream(Publication(f"$SRV.INFO.{NAME}", b""), instances)
     gevent.sleep(FLEET_SECONDS)
@@ -279,7 +270,7 @@ def _versions(bus: Bus, running: Running) -> Iterator[Finding]:
         if version == __version__:
             continue
         is_here = metadata.get("host") == platform.node() and str(metadata.get("pid", "")).isdigit()
-        program = running.programs.get(int(metadata["pid"])) if is_here else None
+        program = running.get(int(metadata["pid"])) if is_here else None
         if program is not None:
             here.append(f"{program} {version}")
         else:
@@ -395,10 +386,12 @@ def _rewritten(jetstream: JetStream) -> tuple[int, str]:
     """How many of the newest mails have events that Relay did not fold, and the time of the latest of these."""
     last = jetstream.last_sequence(FACTS)
     page = jetstream.page(FACTS, f"{contract.LOG_PREFIX}.*.sent", last - NEWEST_MAILS, NEWEST_MAILS)
-    keys = []
+    keys: list[str] = []
     for msg in page.msgs:
-        told = orjson.loads(msg.payload)
-        keys.append(f"$KV.{contract.RECIPIENTS_BUCKET}.{told['email_id']}")
+        with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):  # whoever may write there wrote it
+            email_id = str(orjson.loads(msg.payload)["email_id"])
+            if is_email_id(email_id):
+                keys.append(f"$KV.{contract.RECIPIENTS_BUCKET}.{email_id}")
     count, newest = 0, ""
     for stored in jetstream.get_last_of_each(RECORDS, keys).values():
         try:

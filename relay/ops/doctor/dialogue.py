@@ -28,6 +28,11 @@ class Look(NamedTuple):
     """The answer to MAIL from the default sender, None when it was not asked."""
 
 
+def is_implicit(config: SmarthostConfig, host: Host) -> bool:
+    """Whether the settings say that TLS comes first."""
+    return config.tls == "implicit" or (config.tls == "auto" and host.port in IMPLICIT_TLS_PORTS)
+
+
 def speaks_tls_first(host: Host) -> bool:
     """Whether a TLS handshake works as the first thing on a connection."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -56,12 +61,12 @@ def look(config: SmarthostConfig, host: Host, sender: str) -> Look:
     mail: Reply | None = None
     with contextlib.suppress(OSError, ProtocolViolation), _connected(host) as plain:
         talk = _Talk(plain)
-        is_implicit = config.tls == "implicit" or (config.tls == "auto" and host.port in IMPLICIT_TLS_PORTS)
-        if is_implicit:
+        is_first = is_implicit(config, host)
+        if is_first:
             ends_at = talk.start_tls(config, host)
         talk.hear()
         extensions = parse_extensions(talk.ask(f"EHLO {config.helo_name}"))
-        if not is_implicit and extensions.starttls and config.tls != "off" and talk.ask("STARTTLS").is_positive:
+        if not is_first and extensions.starttls and config.tls != "off" and talk.ask("STARTTLS").is_positive:
             ends_at = talk.start_tls(config, host)
             talk.ask(f"EHLO {config.helo_name}")
         if sender:

@@ -11,7 +11,7 @@ import gevent
 
 from relay.ops.doctor.advice import known_names, settings_advice
 from relay.ops.doctor.amazon import events, ses
-from relay.ops.doctor.bus import NOTHING_RUNS, Running, nats
+from relay.ops.doctor.bus import NOTHING_RUNS, Programs, nats
 from relay.ops.doctor.finding import Finding, failed
 from relay.ops.doctor.host import room, this_host
 from relay.ops.doctor.smtp import smarthost
@@ -54,7 +54,7 @@ class _Party:
 
 
 def examine(
-    settings: Settings, running: Running = NOTHING_RUNS, pids: Mapping[str, int] | None = None
+    settings: Settings, running: Programs = NOTHING_RUNS, pids: Mapping[str, int] | None = None
 ) -> Iterator[Chapter]:
     """The chapters, in a fixed order, each when its party has ended. Takes 20 s at most, whoever is dead."""
     deadline = time.monotonic() + PATIENCE_SECONDS

@@ -19,6 +19,8 @@ from relay.ops.permissions import Need
 from relay.tracking.inspection import covers
 
 USER_INFO = "$SYS.REQ.USER.INFO"
+NO_USER = "[REDACTED]"
+"""Who logs in with a token has no name."""
 ASK_SECONDS = 2.0
 
 
@@ -38,7 +40,7 @@ def user_info(bus: Bus) -> UserInfo | None:
         told = orjson.loads(bus.request(Publication(USER_INFO, b""), ASK_SECONDS).payload)
         data, server = told["data"], told["server"]
         return UserInfo(
-            str(data.get("user", "")),
+            "" if (user := str(data.get("user", ""))) == NO_USER else user,
             str(data.get("account_name") or data.get("account", "")),
             data.get("permissions") or {},
             str(server.get("time", "")),
@@ -75,7 +77,8 @@ def _is_granted(permissions: Mapping[str, Any], need: Need) -> bool:
     if "RELAY_REPLY_PREFIXES" in need.settings and permissions.get("responses"):
         return True
     allow, deny = limits.get("allow") or [], limits.get("deny") or []
-    if any(_grants(each, need) or covers(need.subject, each.partition(" ")[0]) for each in deny):
+    # One that is denied in part is lacking too; a queue group that is denied leaves the others alone.
+    if any(_grants(each, need) or (" " not in each and covers(need.subject, each)) for each in deny):
         return False
     return not allow or any(_grants(each, need) for each in allow)
 

@@ -70,8 +70,9 @@ def _state_dir(supervision: Supervision) -> Finding:
         detail = f"{directory} is too long: supervisord's socket there would have {socket_bytes} bytes"
         return failed("state directory", detail, "set RELAY_STATE_DIR to a path of at most 80 bytes")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as file:
+        # It is made at the start: root, who may be asking, would leave one in which the relay's user cannot write.
+        there = next(each for each in (directory, *directory.parents) if each.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x" * 65536)  # an empty file can be made on a full disk
             file.flush()
     except OSError as error:
@@ -85,7 +86,10 @@ def disk(directory: Path, programs: int) -> Iterator[Finding]:
     """Whether the logs have room to grow to their full size."""
     found = os.statvfs(directory)
     free_bytes = found.f_bavail * found.f_frsize
-    logs_bytes = sum(path.stat().st_size for path in (directory / "log").glob("*.log*") if path.is_file())
+    logs_bytes = 0
+    for path in (directory / "log").glob("*.log*"):
+        with contextlib.suppress(FileNotFoundError):  # supervisord has just given it the next number
+            logs_bytes += path.stat().st_size
     growth_bytes = max(0, (programs + 1) * LOG_BYTES - logs_bytes)
     if free_bytes < LEAST_FREE_BYTES:
         detail = f"the disk of {directory} has {in_mb(free_bytes)} left: logs end, and no worker can say how it is"

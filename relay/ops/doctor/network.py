@@ -106,7 +106,7 @@ class Reach(NamedTuple):
 
 
 def reach(host: str, port: int) -> Reach:
-    """Looks the name up and connects to each of its addresses. Takes 9 s at most."""
+    """Looks the name up and connects to each of its addresses. Takes 10 s at most."""
     begun = time.monotonic()
     try:
         with Timeout(LOOKUP_SECONDS, TimeoutError(f"nothing within {LOOKUP_SECONDS:g} s")):

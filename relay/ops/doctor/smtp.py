@@ -16,10 +16,10 @@ import gevent
 from gevent import Timeout, ssl
 
 from relay.delivery.config import Host, SmarthostConfig, Timeouts
-from relay.delivery.dialling import IMPLICIT_TLS_PORTS, Dialler, LoginRefused, OpeningFailed
+from relay.delivery.dialling import Dialler, LoginRefused, OpeningFailed
 from relay.delivery.outcome import Phase, SaidBy
 from relay.errors import ConfigError
-from relay.ops.doctor.dialogue import first_words, look, speaks_tls_first
+from relay.ops.doctor.dialogue import first_words, is_implicit, look, speaks_tls_first
 from relay.ops.doctor.finding import Finding, failed, warning, well
 from relay.ops.doctor.network import SLOW_LOOKUP_SECONDS, Reach, Trouble, reach
 from relay.ops.parts import smarthost_config
@@ -56,7 +56,7 @@ def region_of(host: str) -> str:
 
 
 def smarthost(settings: Settings, *, is_thorough: bool = False) -> Iterator[Finding]:
-    """A finding for each host at least. Takes 20 s at most, however many hosts there are."""
+    """A finding for each host at least. Takes 25 s at most, however many hosts there are."""
     if not settings.email_enabled:
         detail = f"{settings.smarthost} not asked: EMAIL_ENABLED is false, so no mail is sent"
         yield warning("SMTP", detail, "set EMAIL_ENABLED=true to send mail")
@@ -200,7 +200,7 @@ def _login_remedy(code: int, text: str, host: Host) -> str:
 
 def _no_greeting(error: OpeningFailed, config: SmarthostConfig, host: Host) -> Advice:
     hearing = gevent.spawn(first_words, host)
-    if not _is_implicit(config, host) and speaks_tls_first(host):
+    if not is_implicit(config, host) and speaks_tls_first(host):
         return Advice(
             f"{host} speaks TLS from the first byte on, and SMTP_TLS={config.tls} waits for a greeting in clear",
             "set SMTP_TLS=implicit, or SMTP_PORT to the port for STARTTLS (587)",
@@ -218,7 +218,7 @@ def _no_tls(cause: BaseException | None, text: str, config: SmarthostConfig, hos
         return _bad_certificate(cause.verify_code, cause.verify_message, host)
     reason = (cause.reason or "") if isinstance(cause, ssl.SSLError) else ""
     is_version = reason != "WRONG_VERSION_NUMBER" and ("PROTOCOL" in reason or "VERSION" in reason)
-    if not is_version and _is_implicit(config, host) and (said := first_words(host)).startswith(("220", "4", "5")):
+    if not is_version and is_implicit(config, host) and (said := first_words(host)).startswith(("220", "4", "5")):
         return Advice(
             f"{host} begins in clear ({said[:40]!r}), and TLS from the first byte on is what the settings ask for",
             "set SMTP_TLS=starttls for this port, or SMTP_PORT to the one for implicit TLS (465)",
@@ -273,7 +273,3 @@ def _no_login(text: str, config: SmarthostConfig) -> Advice:
             remedy = "many servers offer it only under TLS: set SMTP_TLS=starttls; or leave SMTP_USERNAME out"
         return Advice(text, remedy)
     return Advice(text, _LOOK_THERE)
-
-
-def _is_implicit(config: SmarthostConfig, host: Host) -> bool:
-    return config.tls == "implicit" or (config.tls == "auto" and host.port in IMPLICIT_TLS_PORTS)

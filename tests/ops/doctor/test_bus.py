@@ -16,7 +16,7 @@ from relay import __version__, contract
 from relay.bus.client import Bus, Publication
 from relay.bus.jetstream import JetStream
 from relay.bus.micro import MicroService
-from relay.ops.doctor.bus import NOTHING_RUNS, Running, nats
+from relay.ops.doctor.bus import NOTHING_RUNS, Programs, nats
 from relay.ops.doctor.finding import Finding
 from relay.settings import load_settings
 from relay.tracking.inspection import FACTS, INDEX, RECORDS
@@ -33,7 +33,7 @@ Ask = Callable[..., list[Finding]]
 def ask(monkeypatch: pytest.MonkeyPatch) -> Ask:
     """The doctor's questions to a server, with some settings changed."""
 
-    def run(url: str, running: Running = NOTHING_RUNS, **changed: str) -> list[Finding]:
+    def run(url: str, running: Programs = NOTHING_RUNS, **changed: str) -> list[Finding]:
         for name, value in ({"NATS_URL": url} | changed).items():
             monkeypatch.setenv(name, value)
         settings = load_settings()
@@ -141,13 +141,22 @@ def test_replies_may_not_be_published(ask: Ask, new_nats_server: Callable[..., N
     assert "may not publish _R_.> (callers get no reply)" in finding.detail
 
 
-def test_an_operators_user_is_no_fault_of_a_relay_that_works(
-    ask: Ask, new_nats_server: Callable[..., NatsServer]
-) -> None:
-    server = new_nats_server(config=with_user('{ subscribe: { allow: ["_INBOX.>"] } }'))
-    found = ask(server.url.replace("//", "//w:w@"), Running({}, is_well=True))
+def test_a_relay_that_serves_may_lack_permissions_too(ask: Ask, new_nats_server: Callable[..., NatsServer]) -> None:
+    server = new_nats_server(config=with_user('{ publish: { deny: ["$KV.email-requests.>"] } }'))
+    found = ask(server.url.replace("//", "//w:w@"), {7: "send-1"})
     (finding,) = (each for each in found if each.what == "permissions")
-    assert finding.ok
+    assert finding.level == "warning"
+
+
+def test_who_logs_in_with_a_token_has_no_name(
+    ask: Ask, new_nats_server: Callable[..., NatsServer], tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("hunter2\n")
+    server = new_nats_server(config='authorization { token: "hunter2" }')
+    (finding,) = (
+        each for each in ask(server.url, NATS_TOKEN_FILE=str(tmp_path / "token")) if each.what == "permissions"
+    )
+    assert finding.detail == "this NATS user may do all that a relay does"
 
 
 @pytest.mark.parametrize("user", ["relay", "operator"])
@@ -249,7 +258,7 @@ def test_workers_of_another_version(
     start_worker(bus, "0.0.9", platform.node(), 7)
     start_worker(bus, __version__, platform.node(), 8)
     start_worker(bus, "0.0.8", "elsewhere.example.com", 7)
-    here, elsewhere = wrong(ask(server.url, Running({7: "send-1", 8: "send-2"}, is_well=True)))
+    here, elsewhere = wrong(ask(server.url, {7: "send-1", 8: "send-2"}))
     assert f"workers here run another version than this relayctl ({__version__}): send-1 0.0.9" in here.detail
     assert "`relayctl restart`" in here.remedy
     assert "other workers of the queue group run 0.0.8" in elsewhere.detail
@@ -282,6 +291,9 @@ def test_lfxs_poller_still_runs(ask: Ask, stored: tuple[NatsServer, JetStream]) 
     keep("mail-1", orjson.dumps(plain))
     keep("mail-2", orjson.dumps(plain | lately | {"email_id": "mail-2", "folded_at": {"e": now}}))
     keep("mail-3", orjson.dumps(plain | {"delivered": True, "delivered_at": "2024-01-01T00:00:00Z"}))
+    # and what another than Relay wrote there: no fact, and one whose key would be everybody's
+    for fact in (b"no JSON", b'{"email_id":">"}', b"{}"):
+        jetstream.store([Publication(f"{contract.LOG_PREFIX}.news.sent", fact)])
     assert wrong(ask(server.url, **events)) == []
     # When lfx writes its index, and takes an event
     jetstream.store([Publication(f"$KV.{contract.GROUP_INDEX_BUCKET}.news", b'["mail-4"]')])

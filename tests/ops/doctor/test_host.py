@@ -34,6 +34,7 @@ def found(what: str) -> Finding:
 
 def test_a_state_directory(state_dir: Path) -> None:
     assert found("state directory").detail == f"{state_dir} can be written"
+    assert not state_dir.exists(), "looking makes nothing: it would be the asker's own, not the relay's"
 
 
 def test_a_path_that_is_too_long(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
