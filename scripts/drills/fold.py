@@ -2,11 +2,11 @@
 
     python -m scripts.drills.fold NATS_URL GROUP_ID MAILS SEED NUMBER
 
-It follows the group's ``sent`` facts, so it often meets a mail whose record is not there yet, folds the events that the
-seed has for this process into each record by ``Bucket.update``, and states their facts, as the engagement worker's
-own folding has them. Another process has events of the same mails, and some of them are the very same: every
-notification may come twice. When all events of ``MAILS`` mails are folded it prints, as one JSON object, how often it
-met what, and ends.
+It follows the group's ``sent`` facts (on a crowded machine it meets mails whose record is not there yet), folds the
+events that the seed has for this process into each record by ``Bucket.update``, and states their facts, as the
+engagement worker's own folding has them. Another process has events of the same mails, and some of them are the very
+same: every notification may come twice. When all events of ``MAILS`` mails are folded it prints, as one JSON object,
+how often it met what, and ends.
 """
 
 from __future__ import annotations

@@ -251,7 +251,6 @@ def counts(stage: Stage, seconds: float) -> Findings:
     relay.stop()
     findings.check("every mail was taken once", set(sink.stop().values()) == {1})
     findings.check("writers met on the same record", met["tried again"] > 0, met["tried again"])
-    findings.check("events came before their record", met["record not there yet"] > 0, met["record not there yet"])
     findings.figures |= {
         "mails": sum(map(len, sent.values())),
         "send workers": SEND_WORKERS,
