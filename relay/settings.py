@@ -126,7 +126,9 @@ def _secret_file(value: str) -> str:
             secret = _read_secret(value)
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-            raise ValueError(f"{value} cannot be read: {why}") from error
+            from relay.bus.access import shown_path
+
+            raise ValueError(f"{shown_path(value)} cannot be read: {why}") from error
         if not secret or "\n" in secret:
             raise ValueError(f"{value} must hold one line with the password")
     return value
@@ -675,10 +677,24 @@ def is_set(name: str, value: str) -> bool:
     return bool(value) or name.lower() in ALLOWED_LISTS
 
 
-def is_secret(name: str) -> bool:
-    """Whether the value of a variable is never shown."""
+SECRET_WORDS = ("PASSWORD", "URL", "ENDPOINT", "CREDS", "SEED", "TOKEN", "KEY")
+"""In the names of settings whose wrong values are not shown: what belongs into a file may stand in the file's place."""
+
+
+def is_secret(name: str, *, is_wrong: bool = False) -> bool:
+    """Whether the value of a variable is never shown; of one that ``is_wrong`` less is."""
     field = Settings.model_fields.get(name.lower())
-    return field is None or field.annotation is SecretStr
+    if field is None or field.annotation is SecretStr:
+        return True
+    return is_wrong and any(word in name.upper() for word in SECRET_WORDS)
+
+
+def without_login(name: str, value: str) -> str:
+    """A setting's value as it may be shown when it is no secret: of URLs not user and password, whatever they hold."""
+    if "//" not in value and name.upper().endswith(("_URL", "_ENDPOINT")):
+        return value.rpartition("@")[2]
+    # Several URLs are separated by commas, which a password may hold as well.
+    return re.sub(r"//(?:(?!,\s*\w+://).)*@", "//", value, flags=re.DOTALL)
 
 
 def _is_handed_on(name: str) -> bool:
@@ -723,10 +739,14 @@ def source_of(name: str) -> str:
 _from_file: dict[str, str] = {}
 
 
+NAMES_OF_CONF = frozenset({"RELAY_NATS_PASSWORD", "RELAY_NKEY"})
+"""What the files in ``conf/nats`` have nats-server take from an environment, which may be ours as well."""
+
+
 def unknown_names(environ: Mapping[str, str] | None = None) -> list[str]:
     """Variables that look like ours and are not: a typing error, or an orchestrator's injection. For a warning."""
     names = os.environ if environ is None else environ
-    known = {name.upper() for name in Settings.model_fields}
+    known = {name.upper() for name in Settings.model_fields} | NAMES_OF_CONF
     ours = ("RELAY_", "SMTP_", "SES_", "ENGAGEMENT_")
     return sorted(name for name in names if name.startswith(ours) and name not in known)
 
@@ -740,19 +760,14 @@ def rows() -> list[tuple[str, FieldInfo, Group, str]]:
     return table
 
 
-SECRET_WORDS = ("PASSWORD", "URL", "CREDS", "SEED", "TOKEN", "KEY")
-"""In the names of settings whose value no error shows: what belongs into a file may stand in the file's place."""
-
-
 def _in_words(error: ValidationError) -> str:
     problems = []
     for problem in error.errors(include_input=True, include_url=False):
         name = str(problem["loc"][0]).upper() if problem["loc"] else "settings"
         told = problem["msg"].removeprefix("Value error, ")
         given = problem.get("input")
-        # A rule about several settings is given all of them, the secrets too.
-        is_secret = not problem["loc"] or "@" in str(given) or any(word in name for word in SECRET_WORDS)
-        shown = "" if is_secret else f" (it is {str(given)[:60]!r})"
+        # A rule about several settings is given all of them, the secrets too; it has no name, so it is secret.
+        shown = "" if "@" in str(given) or is_secret(name, is_wrong=True) else f" (it is {str(given)[:60]!r})"
         hint = ""
         if isinstance(given, str) and given.startswith("tcp://"):
             hint = "; Kubernetes injected this for a service of that name: set enableServiceLinks: false"

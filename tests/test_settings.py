@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from relay.cli.settings_text import env_example, markdown_table
 from relay.errors import ConfigError
-from relay.settings import Settings, child_environment, load_settings, rows, unknown_names
+from relay.settings import Settings, child_environment, is_secret, load_settings, rows, unknown_names, without_login
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,6 +200,12 @@ def test_what_is_no_password_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         loaded(monkeypatch, SMTP_PASSWORD_FILE=str(file))
 
 
+def test_a_password_in_place_of_its_file_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="what begins with 'hun' cannot be read") as problem:
+        loaded(monkeypatch, SMTP_PASSWORD_FILE="hunter2hunter2")
+    assert "ter2" not in str(problem.value)
+
+
 def test_two_passwords_are_one_too_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("hunter2")
@@ -248,6 +255,42 @@ def test_unknown_names_are_found() -> None:
         "AWS_PROFILE": "x",
     }
     assert unknown_names(environ) == ["RELAY_PORT", "SES_EVENTING_ENABELD", "SMTP_PROT"]
+
+
+def test_names_that_the_shipped_files_take_from_the_environment_are_known() -> None:
+    texts = [path.read_text() for path in (ROOT / "conf").rglob("*") if path.is_file()]
+    taken = {name for text in texts for name in re.findall(r"(?<!\$)\$\{?([A-Z][A-Z_]+)", text)}
+    made = {name for text in texts for name in re.findall(r"^([A-Z][A-Z_]+) *:", text, re.MULTILINE)}
+    assert "RELAY_NATS_PASSWORD" in taken - made
+    assert unknown_names(dict.fromkeys(taken - made, "x")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        (
+            "NATS_URL",
+            "nats://a:x@h1.example.com,tls://b:y@h2.example.com",
+            "nats://h1.example.com,tls://h2.example.com",
+        ),
+        (
+            "NATS_URL",
+            "nats://h1.example.com:4222, nats://b:@y@h2.example.com",
+            "nats://h1.example.com:4222, nats://h2.example.com",
+        ),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:a,b/c@collector.example.com", "http://collector.example.com"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "me:secret@collector.example.com", "collector.example.com"),
+        ("DEFAULT_SMTP_FROM", "noreply@example.com", "noreply@example.com"),
+    ],
+)
+def test_urls_are_shown_without_user_and_password(name: str, value: str, shown: str) -> None:
+    assert without_login(name, value) == shown
+
+
+def test_of_what_is_wrong_less_is_shown() -> None:
+    assert [is_secret(name) for name in ("SMTP_PASSWORD", "AWS_PROFILE", "NATS_CREDS")] == [True, True, False]
+    assert is_secret("NATS_CREDS", is_wrong=True)
+    assert not is_secret("SMTP_PORT", is_wrong=True)
 
 
 def test_defaults_stand_in_for_what_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:

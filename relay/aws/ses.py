@@ -17,7 +17,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 
-from relay.aws.sqs import BAD_CREDENTIALS, DENIED, _code, _told
+from relay.aws.sqs import BAD_CREDENTIALS, DENIED, code_of, in_one_line
 from relay.errors import RelayError
 
 CONNECT_SECONDS = 3
@@ -78,7 +78,7 @@ class Ses:
                 ),
             )
         except (BotoCoreError, ValueError) as error:
-            raise SesNotAsked(f"the AWS credentials cannot be used: {_told(error)}", is_denied=True) from error
+            raise SesNotAsked(f"the AWS credentials cannot be used: {in_one_line(error)}", is_denied=True) from error
 
     def account(self) -> Account:
         """What it may."""
@@ -133,16 +133,17 @@ class Ses:
             answer: dict[str, Any] = method(**arguments)
         except ClientError as error:
             self._note_date(error.response)
-            code = _code(error)
+            code = code_of(error)
             if code == MISSING:
                 return _NOTHING
             if code in DENIED:
                 raise SesNotAsked(f"the AWS credentials may not {permission}", is_denied=True) from error
             is_refused = code in BAD_CREDENTIALS or code in BAD_SIGNATURE
-            text = f"Amazon refuses the AWS credentials ({_told(error)})" if is_refused else f"SES: {_told(error)}"
+            told = in_one_line(error)
+            text = f"Amazon refuses the AWS credentials ({told})" if is_refused else f"SES: {told}"
             raise SesNotAsked(text, is_denied=False) from error
         except (BotoCoreError, ResponseParserError) as error:
-            raise SesNotAsked(f"SES: {_told(error)}", is_denied=False) from error
+            raise SesNotAsked(f"SES: {in_one_line(error)}", is_denied=False) from error
         self._note_date(answer)
         return answer
 

@@ -217,12 +217,12 @@ class Queue:
             try:
                 attempt()
             except ClientError as error:
-                if _code(error) in DENIED:
+                if code_of(error) in DENIED:
                     missing.append(permission)
                 elif _status(error) >= 500:
-                    raise QueueUnavailable(f"SQS: {_told(error)}") from error
+                    raise QueueUnavailable(f"SQS: {in_one_line(error)}") from error
             except (BotoCoreError, ResponseParserError) as error:
-                raise QueueUnavailable(f"SQS: {_told(error)}") from error
+                raise QueueUnavailable(f"SQS: {in_one_line(error)}") from error
         return missing
 
     def receive(self) -> list[SqsMessage]:
@@ -303,7 +303,7 @@ class Queue:
         try:
             answer = method(QueueUrl=self.url, **arguments)
         except (ClientError, BotoCoreError, ResponseParserError) as error:
-            raise QueueUnavailable(f"SQS: {call}: {_told(error)}") from error
+            raise QueueUnavailable(f"SQS: {call}: {in_one_line(error)}") from error
         return answer if isinstance(answer, dict) else {}
 
     def _config_problem(self, cause: BaseException | None) -> RelayError | None:
@@ -312,7 +312,7 @@ class Queue:
             return ConfigError(NO_CREDENTIALS)
         if not isinstance(cause, ClientError):
             return None
-        code = _code(cause)
+        code = code_of(cause)
         if code in MISSING_QUEUE:
             return ConfigError(
                 f"the queue {self.url} does not exist in {self._client.meta.region_name}; check"
@@ -320,9 +320,9 @@ class Queue:
             )
         if code in DENIED:
             needed = ", ".join(PERMISSIONS)
-            return ConfigError(f"the queue {self.url} may not be used ({_told(cause)}); allow {needed} on it")
+            return ConfigError(f"the queue {self.url} may not be used ({in_one_line(cause)}); allow {needed} on it")
         if code in BAD_CREDENTIALS:
-            return ConfigError(f"Amazon refuses the AWS credentials ({_told(cause)}); check them, and AWS_REGION")
+            return ConfigError(f"Amazon refuses the AWS credentials ({in_one_line(cause)}); check them, and AWS_REGION")
         return None
 
 
@@ -370,7 +370,8 @@ def _max_receives(redrive_policy: str) -> int:
         return 0
 
 
-def _code(error: ClientError) -> str:
+def code_of(error: ClientError) -> str:
+    """What Amazon calls its error; '' when it has no name."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
@@ -378,10 +379,10 @@ def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
-def _told(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """One line: what Amazon says, or what botocore says of the connection."""
     if isinstance(error, ClientError):
-        text = f"{_code(error)}: {error.response.get('Error', {}).get('Message', '')}"
+        text = f"{code_of(error)}: {error.response.get('Error', {}).get('Message', '')}"
     elif isinstance(error, HTTPClientError) and not isinstance(error, CONNECTION_ERRORS):
         # Its text is that of any library below, and may hold a header line with the credentials.
         text = f"the request could not be sent ({type(error.__cause__ or error).__name__})"

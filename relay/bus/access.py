@@ -9,6 +9,7 @@ server's name, as Python's ``ssl`` checks it.
 from __future__ import annotations
 
 import base64
+import os
 import re
 import ssl
 import time
@@ -29,8 +30,9 @@ MAX_FILE_BYTES = 1_000_000
 
 _JWT = re.compile(r"-{3,} *BEGIN NATS USER JWT *-{3,}\s+([\w.=-]+)\s+-{3,} *END", re.ASCII)
 _SEED = re.compile(r"-{3,} *BEGIN USER NKEY SEED *-{3,}\s+(\w+)\s+-{3,} *END", re.ASCII)
-_IS_CONTENT = re.compile(r"\s*(?:S[A-Z][A-Z2-7]{56}|eyJ[\w-]{16}.*|.*BEGIN [A-Z ]+.*)\s*", re.DOTALL)
-"""What belongs into a file, and somebody gave in place of the file's name."""
+_IS_CONTENT = re.compile(r"\s*(?:S[A-Z][A-Z2-7]{16,}|eyJ[\w-]{16}.*|.*BEGIN [A-Z ]+.*)\s*", re.DOTALL)
+"""What belongs into a file, and somebody gave in place of the file's name; a seed also when it is not whole."""
+_IS_PATH = re.compile(r"(?:[/~]|\.\.?/)[\w./ ~@+:-]*|[\w-]+(?:[/.][\w-]+)*\.[a-z]{2,8}", re.ASCII)
 
 
 class Signature(NamedTuple):
@@ -92,6 +94,12 @@ class Access:
         return f"it refuses what we log in with; check {config.login}"
 
 
+def shown_path(path: str) -> str:
+    """A path for people; of what neither is there nor looks like one the beginning alone: it may be a secret."""
+    is_path = os.path.exists(path) or (_IS_PATH.fullmatch(path) and not _IS_CONTENT.fullmatch(path))
+    return path[:200] if is_path else f"what begins with {path[:3]!r}"
+
+
 def read_text(path: str) -> str:
     """A file's text. Raises ``ConfigError`` that names the path."""
     if _IS_CONTENT.fullmatch(path):
@@ -101,9 +109,9 @@ def read_text(path: str) -> str:
             content = file.read(MAX_FILE_BYTES)
         return content.decode()
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{shown_path(path)} cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{path[:200]!r} cannot be read: it is no text") from error
+        raise ConfigError(f"{shown_path(path)} cannot be read: it is no text") from error
 
 
 def read_line(path: str) -> str:
@@ -141,17 +149,21 @@ def tls_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"NATS_CA {ca_file} cannot be used as CA certificates in PEM: {_ssl_words(error)}") from error
+        raise ConfigError(
+            f"NATS_CA {shown_path(ca_file)} cannot be used as CA certificates in PEM: {_ssl_words(error)}"
+        ) from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert_file:
         try:
             # Without a function OpenSSL would ask for a passphrase on the terminal.
             context.load_cert_chain(cert_file, key_file or None, password=_no_passphrase)
         except _Encrypted as error:
-            raise ConfigError(f"NATS_KEY {key_file} is encrypted; give the key without a passphrase") from error
+            raise ConfigError(
+                f"NATS_KEY {shown_path(key_file)} is encrypted; give the key without a passphrase"
+            ) from error
         except (OSError, ValueError) as error:
-            told = f"NATS_CERT {cert_file} and NATS_KEY {key_file} cannot be used: {_ssl_words(error)}"
-            raise ConfigError(told) from error
+            files = f"NATS_CERT {shown_path(cert_file)} and NATS_KEY {shown_path(key_file)}"
+            raise ConfigError(f"{files} cannot be used: {_ssl_words(error)}") from error
     return context
 
 

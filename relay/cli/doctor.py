@@ -16,6 +16,7 @@ from relay.cli.status_view import Snapshot, take_snapshot
 from relay.cli.terminal import (
     LEVEL_STYLES,
     console,
+    current_settings,
     current_supervision,
     json_option,
     leave,
@@ -65,14 +66,18 @@ def doctor(as_json_: bool, quiet: bool, environment: bool) -> None:
 
 
 def _examination(*, is_from_here: bool) -> Iterator[Chapter]:
-    settings = settings_of_the_running_relay()
     supervision = current_supervision()
+    try:
+        settings = settings_of_the_running_relay()
+    except SupervisionError:  # it hangs, as the first chapter will say
+        settings = current_settings()
     snapshot, first = _look_at(supervision)
     if snapshot is not None and not is_from_here:
         try:
             settings = _as_the_workers_have_them(supervision)
         except (RelayError, OSError) as error:
-            first.append(warning("settings", f"those of the relay cannot be read: {error}", "`relayctl restart`"))
+            detail = f"those of the relay cannot be read: {error}"
+            first.append(warning("settings", detail, "`relayctl reload` gives the workers this environment's"))
     if snapshot is not None:
         first += running_relay(snapshot, settings)
     if (supervision.state_dir / "log").is_dir():
@@ -98,15 +103,17 @@ def _as_the_workers_have_them(supervision: Supervision) -> Settings:
 
 
 def _look_at(supervision: Supervision) -> tuple[Snapshot | None, list[Finding]]:
-    if not (supervision.state_dir / "supervisord.sock").exists():
-        return None, [*not_running(supervision)]
     try:
         return take_snapshot(supervision), []
     except SupervisionError as error:
-        if supervision.is_running() or "does not answer" in str(error):
-            remedy = "if it stays so: `kill` that pid (its programs go on), `relayctl stop`, `relayctl start`"
-            return None, [failed("relay", str(error), remedy)]
-        return None, [*not_running(supervision)]
+        why = str(error)
+    try:
+        if not supervision.is_running():
+            return None, [*not_running(supervision)]
+    except SupervisionError as error:  # it hangs
+        why = str(error)
+    detail, _, remedy = why.rpartition("; ")
+    return None, [failed("relay", detail, remedy)]
 
 
 def _as_json(chapters: list[Chapter]) -> dict[str, Any]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
 import click
 
 from relay.cli.status_view import reason_of, render, take_snapshot
-from relay.cli.terminal import console, current_settings, current_supervision, fail
+from relay.cli.terminal import console, current_settings, current_supervision, fail, say
 from relay.errors import EXIT_FAILED, RelayError
 from relay.ops.devstack import DEFAULTS as DEV_DEFAULTS
 from relay.ops.devstack import DevStack
 from relay.ops.foreground import stay
-from relay.ops.supervision import ProgramStatus, Supervision, cannot_work, has_failed
+from relay.ops.supervision import ProgramStatus, Supervision, SupervisionError, cannot_work, has_failed
 from relay.settings import captured, child_environment, unknown_names
 
 START_TIMEOUT_SECONDS = 60.0
@@ -44,11 +45,13 @@ def start(dev: bool, foreground: bool, timeout: float) -> None:
         stack = DevStack(settings) if dev else None
         supervision = Supervision(settings.relay_state_dir)
         values = captured(defaults, **forced)
-        command = supervision.prepare(settings, stack, values, foreground=foreground, forced=forced)
-        environment = child_environment(defaults, RELAY_STATE_DIR=str(supervision.state_dir), **forced)
-        if foreground:
-            sys.exit(stay(supervision, command, environment))
-        supervision.launch(command, environment)
+        with contextlib.ExitStack() as held:
+            held.enter_context(supervision.starting())
+            command = supervision.prepare(settings, stack, values, foreground=foreground, forced=forced)
+            environment = child_environment(defaults, RELAY_STATE_DIR=str(supervision.state_dir), **forced)
+            if foreground:
+                sys.exit(stay(supervision, command, environment, held.close))
+            supervision.launch(command, environment)
         statuses = _wait_ready(supervision, timeout)
         failed = [status for status in statuses if not status.is_ready]
         if failed:
@@ -79,9 +82,13 @@ def stop(timeout: float | None, drain: float | None, kill: bool) -> None:
     try:
         drain_seconds = float(supervision.started().get("drain_seconds", 0))
         if drain is not None:
-            drain_seconds = min(drain, drain_seconds)
+            try:
+                supervision.shorten_drain(drain)
+                drain_seconds = min(drain, drain_seconds)
+            except SupervisionError as error:
+                say(f"warning: DRAIN_SECONDS holds, --drain does not: {error}")
         seconds = drain_seconds + STOP_MARGIN_SECONDS if timeout is None else timeout
-        killed = supervision.stop(seconds, drain_seconds=drain, is_kill=kill)
+        killed = supervision.stop(seconds, is_kill=kill)
     except RelayError as error:
         fail(error)
     click.echo(f"stopped, and killed: {', '.join(killed)}" if killed else "stopped")

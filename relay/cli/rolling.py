@@ -105,7 +105,11 @@ def reload(timeout: float, unset: bool, as_json_: bool) -> None:
         found = _changes(rolling, values)
         _check(rolling, settings, values, is_unset=unset)
         rolling.mend()
-        if not found and rolling.has_taken(settings):
+        unknown = [name for name in rolling.workers if rolling.lacks_settings(name)]
+        if unknown:
+            with _heard_or_not(sys.stderr):
+                say(f"the settings that {', '.join(unknown)} had cannot be read any more; what changes is not known")
+        if not found and not unknown and rolling.has_taken(settings):
             if not as_json_:
                 click.echo("nothing has changed; `relayctl restart` restarts all the same")
             return
@@ -120,6 +124,8 @@ def _changes(rolling: Rolling, values: dict[str, str]) -> list[Change]:
     """Of any worker: after a reload that stopped in the middle they do not all have the same."""
     found: dict[str, Change] = {}
     for name in rolling.workers:
+        if rolling.lacks_settings(name):
+            continue
         for change in changes(rolling.settings_of(name), values):
             found.setdefault(change.name, change)
     return [found[name] for name in sorted(found)]

@@ -10,6 +10,7 @@ from relay.cli.status_view import ENGAGEMENT, SILENT, Snapshot, reason_of, state
 from relay.errors import EXIT_CONFIG
 from relay.ops.doctor.finding import Finding, failed, warning, well
 from relay.ops.doctor.log_lines import bad_lines, ended
+from relay.ops.host import SUPERVISORD
 from relay.ops.supervision import ProgramStatus, Supervision, is_worker
 from relay.settings import Settings
 
@@ -21,10 +22,14 @@ OFTEN = 3
 
 def not_running(supervision: Supervision) -> Iterator[Finding]:
     """Where no supervisord answers."""
-    if left := supervision.orphans():
+    left = supervision.processes()
+    if left and SUPERVISORD not in left:
         listed = ", ".join(f"{name} (pid {pid})" for name, pid in left.items())
         detail = f"programs run without their supervisord, which has ended: {listed}; nobody starts them again"
         yield failed("relay", detail, "`relayctl stop` ends them in order, then `relayctl start`")
+    elif why := supervision.absence():
+        detail, _, remedy = why.rpartition("; ")
+        yield failed("relay", detail, remedy)
     else:
         detail = f"no relay runs in {supervision.state_dir}"
         yield warning("relay", detail, "`relayctl start` starts one; if it runs elsewhere, set RELAY_STATE_DIR to that")

@@ -7,8 +7,7 @@ from pathlib import Path
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
-from relay.bus.client import without_password
-from relay.settings import Group, Settings, rows, source_of
+from relay.settings import Group, Settings, rows, source_of, without_login
 
 MASK = "********"
 
@@ -61,9 +60,7 @@ def effective(settings: Settings) -> list[tuple[str, str, str]]:
         value = getattr(settings, name.lower())
         if isinstance(value, SecretStr):
             shown = MASK if value.get_secret_value() else ""
-        elif name == "NATS_URL":
-            shown = without_password(str(value))
         else:
-            shown = _written(value)
+            shown = without_login(name, _written(value))
         found.append((name, shown, source_of(name) if name.lower() in settings.model_fields_set else "default"))
     return found

@@ -53,7 +53,7 @@ class Dialler:
         """Load the authorities, once: it costs milliseconds. Raises ``ConfigError`` for an unusable ``ca_file``."""
         self._config = config
         self._default_sender = default_sender
-        self._ssl_context = None if config.tls == "off" else _ssl_context(config)
+        self._ssl_context = None if config.tls == "off" else ssl_context(config)
         self.hosts = Hosts(config.hosts)
 
     def dial(self) -> Session:
@@ -279,7 +279,8 @@ def _base64(text: str) -> bytes:
     return base64.b64encode(text.encode()) + b"\r\n"
 
 
-def _ssl_context(config: SmarthostConfig) -> Any:
+def ssl_context(config: SmarthostConfig) -> Any:
+    """What TLS with the smarthost is to be like. Raises ``ConfigError``."""
     # gevent's own class, by name: create_default_context would make a blocking one in a process that is not patched.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:

@@ -164,7 +164,22 @@ def read_started(state_dir: Path) -> dict[str, Any]:
         told = orjson.loads((state_dir / "started.json").read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return told if isinstance(told, dict) and _is_sound(told) else {}
+
+
+def _is_sound(told: Mapping[str, Any]) -> bool:
+    """Whether what is there is of the types that its readers expect."""
+    kept = told.get("arrangement", {})
+    return (
+        all(isinstance(told.get(name, kind()), kind) for name, kind in _KINDS.items())
+        and isinstance(told.get("drain_seconds", 0), (int, float))
+        and all(isinstance(port, int) for port in told.get("programs", {}).values())
+        and isinstance(kept.get("programs", []), list)
+        and all(isinstance(each, dict) for each in kept.get("programs", []))
+    )
+
+
+_KINDS: Mapping[str, type] = {"programs": dict, "arrangement": dict, "nats_url": str, "smtp_host": str, "port": int}
 
 
 def read_arrangement(state_dir: Path) -> Arrangement:

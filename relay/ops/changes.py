@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from relay.bus.config import without_password
-from relay.settings import is_secret, is_set
+from relay.settings import is_secret, is_set, without_login
 
 COUNTS = frozenset({"RELAY_SEND_WORKERS", "RELAY_STATUS_WORKERS"})
 """Say how many there are, and nothing to each of them."""
@@ -56,5 +55,5 @@ def _shown(name: str, values: Mapping[str, str]) -> str:
     value = values.get(name)
     if value is None or is_secret(name):
         return ""
-    shown = without_password(value) if "//" in value else value
+    shown = without_login(name, value)
     return (shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…") or '""'

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 import xmlrpc.client
+from collections.abc import Callable
 
 from relay.errors import EXIT_FAILED, EXIT_OK
 from relay.ops.supervision import ProgramStatus, Supervision, SupervisionError, cannot_work
@@ -17,12 +18,18 @@ WATCH_SECONDS = 0.5
 PIPE_BYTES = select.PIPE_BUF
 
 
-def stay(supervision: Supervision, command: list[str], environment: dict[str, str]) -> int:
+def stay(
+    supervision: Supervision,
+    command: list[str],
+    environment: dict[str, str],
+    when_up: Callable[[], None] = lambda: None,
+) -> int:
     """Runs supervisord as a child until it ends; the exit code for this process.
 
     Passes its output on (standard output may be a socket, which the programs could not open again), makes SIGTERM
     and its like an orderly stop, reaps orphans, and ends everything when a program can never work: 78 when that
     one exited 78, else 1. Not so while ``relayctl`` changes what runs: what does not work then, it takes back.
+    ``when_up`` is called once supervisord answers.
     """
     reader, writer = os.pipe()
     child = subprocess.Popen(
@@ -33,13 +40,16 @@ def stay(supervision: Supervision, command: list[str], environment: dict[str, st
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, lambda *_: asked.append(True))
     failure = EXIT_OK
-    is_stopping = False
+    is_stopping = is_up = False
     while True:
         _pass_on(reader, WATCH_SECONDS)
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == child.pid:
             _pass_on(reader, 0)
             return failure or os.waitstatus_to_exitcode(status)
+        if not is_up and _answers(supervision):
+            is_up = True
+            when_up()
         if failure == EXIT_OK and not is_stopping and not supervision.is_being_changed():
             failure = _hopeless_exit_code(supervision)
         if (asked or failure != EXIT_OK) and not is_stopping:
@@ -47,6 +57,13 @@ def stay(supervision: Supervision, command: list[str], environment: dict[str, st
             with contextlib.suppress(OSError, xmlrpc.client.Error, SupervisionError):
                 supervision.begin_draining()
             child.send_signal(signal.SIGTERM)
+
+
+def _answers(supervision: Supervision) -> bool:
+    try:
+        return supervision.is_running()
+    except SupervisionError:  # not yet
+        return False
 
 
 def _hopeless_exit_code(supervision: Supervision) -> int:

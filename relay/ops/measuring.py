@@ -83,6 +83,7 @@ class Measuring:
             before = Figures(program, 0, 0.0, 0.0)
         self._before = before._replace(starts=before.starts + 1)
         self._reads: list[Callable[[], Reading]] = []
+        self._also: list[Callable[[], None]] = []
         self._writing: gevent.Greenlet | None = None
         self._stop = Event()
         self._is_written = True
@@ -91,6 +92,10 @@ class Measuring:
     def add(self, read: Callable[[], Reading]) -> None:
         """``read`` gives what some of the worker's parts have counted; it must not block."""
         self._reads.append(read)
+
+    def also(self, do: Callable[[], None]) -> None:
+        """``do`` is called after each writing, once a second: what else is to be written, it may wait for the disk."""
+        self._also.append(do)
 
     def start(self) -> None:
         """Writes from now on."""
@@ -122,9 +127,12 @@ class Measuring:
             self._is_written = True
 
     def _write_on(self) -> None:
-        while not self._stop.wait(WRITE_SECONDS):
+        is_last = False
+        while not is_last:
+            is_last = self._stop.wait(WRITE_SECONDS)
             self.write()
-        self.write()
+            for do in self._also:
+                do()
 
     def _content(self) -> bytes:
         before = self._before

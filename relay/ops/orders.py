@@ -36,11 +36,15 @@ def write_atomically(path: Path, value: object) -> None:
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
-def keep_settings(state_dir: Path, values: Mapping[str, str]) -> Path:
-    """Keeps settings under the next number; the file. Raises ``OSError``."""
+def keep_settings(state_dir: Path, values: Mapping[str, str], named: Collection[str] = ()) -> Path:
+    """Keeps settings under the next number; the file. Raises ``OSError``.
+
+    ``named``: files that programs name, whether they are there or not: one made anew would pass for what they have.
+    """
     directory = state_dir / "settings"
     directory.mkdir(mode=0o700, exist_ok=True)
-    path = directory / f"{max(map(_number, directory.glob('*.json')), default=0) + 1}.json"
+    taken = [*directory.glob("*.json"), *map(Path, named)]
+    path = directory / f"{max(map(_number, taken), default=0) + 1}.json"
     write_atomically(path, dict(values))
     return path
 
@@ -50,7 +54,9 @@ def read_settings(path: Path) -> dict[str, str]:
     try:
         return {str(name): str(value) for name, value in dict(orjson.loads(path.read_bytes())).items()}
     except (OSError, ValueError, TypeError) as error:
-        raise SettingsGone(f"{path} cannot be read ({error}); `relayctl stop` and `start` write it again") from error
+        raise SettingsGone(
+            f"{path} cannot be read ({error}); `relayctl reload` gives the workers settings again"
+        ) from error
 
 
 def forget_settings(state_dir: Path, but: Collection[str]) -> None:

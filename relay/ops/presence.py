@@ -1,7 +1,8 @@
 """What a program tells about itself: one small JSON file in the state directory.
 
 Works when NATS does not, which is when it is wanted. Written by the program whenever its state
-changes, atomically; read by ``relayctl``, which believes it only when its pid is the one supervisord names.
+changes, atomically; read by ``relayctl``, which believes it only when its pid is the one supervisord names. What could
+not be written (a full disk) is written again, once a second, until it is.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -59,6 +61,7 @@ class Presence:
         self._send_workers = 0
         self._exit_code = 0
         self._is_written = True
+        self._version = 0
         self._write()
 
     def lacks(self, what: str, why: str, *, has_given_up: bool = False) -> None:
@@ -98,6 +101,23 @@ class Presence:
         self._is_draining = True
         self._write()
 
+    def write_again(self, in_thread: Callable[[Callable[..., None], tuple[Any, ...]], object]) -> None:
+        """Tries once more what could not be written; nothing to do when it was.
+
+        ``in_thread`` calls a function with arguments and waits for its end, so that nobody else waits for the disk.
+        """
+        if self._is_written:
+            return
+        version = self._version
+        try:
+            in_thread(_replace, (self._path, self._path.with_suffix(".again"), self._content()))
+        except OSError:
+            return  # said when it began
+        # What was written meanwhile may have been replaced with what was older.
+        self._is_written = version == self._version
+        if self._is_written:
+            log.info("%s can be written again", self._path)
+
     @property
     def stage(self) -> Stage:
         """Where the program is now."""
@@ -107,6 +127,17 @@ class Presence:
 
     def _write(self) -> None:
         """Never raises: it is called from everywhere, and a full disk must not cost a mail or a connection."""
+        self._version += 1
+        try:
+            _replace(self._path, self._path.with_suffix(".partial"), self._content())
+        except OSError as error:
+            if self._is_written:
+                log.warning("cannot write %s, so relayctl does not see this program's state: %s", self._path, error)
+            self._is_written = False
+        else:
+            self._is_written = True
+
+    def _content(self) -> bytes:
         told = {
             "pid": os.getpid(),
             "stage": self.stage.value,
@@ -117,16 +148,14 @@ class Presence:
             "notes": self._notes,
             "send_workers": self._send_workers,
         }
-        partial = self._path.with_suffix(".partial")
-        try:
-            partial.write_bytes(orjson.dumps(told))
-            partial.replace(self._path)
-        except OSError as error:
-            if self._is_written:
-                log.warning("cannot write %s, so relayctl does not see this program's state: %s", self._path, error)
-            self._is_written = False
-        else:
-            self._is_written = True
+        return orjson.dumps(told)
+
+
+def _replace(path: Path, partial: Path, content: bytes) -> None:
+    """Whoever reads meanwhile gets the old or the new."""
+    path.parent.mkdir(exist_ok=True)  # a full disk may have had no room for it either
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def presence_path(state_dir: Path, program: str) -> Path:

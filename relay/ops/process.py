@@ -3,6 +3,10 @@
 A worker gives three things: ``start`` (returns when it serves, or waits inside until it can), ``stop_taking``
 and ``finish``. Shutting down goes in this order, since ``nats.drain()`` alone loses what is in flight: stop
 the subscriptions, finish what is in hand (records are written, replies published), close the pool, close NATS.
+
+Signals: SIGTERM and SIGINT ask for that. So does SIGHUP, by which others are told to read their settings again: a
+worker reads them only when it starts, and supervisord starts again what ended. SIGUSR1 and SIGUSR2, by which others
+open their logs again, have no effect: logs go to supervisord. By default each would end it at once, with mail in hand.
 """
 
 from __future__ import annotations
@@ -77,7 +81,7 @@ class Worker(Protocol):
 
 
 def run(program: str, build: Callable[[Context], Worker]) -> NoReturn:
-    """Runs a worker until SIGTERM or SIGINT; a second one means now. Never returns.
+    """Runs a worker until SIGTERM, SIGINT or SIGHUP; a second one of the first two means now. Never returns.
 
     The program's name may be given as first argument (``send-2``), a file whose settings replace the environment's as
     second. Exits 0 after an orderly stop, 78 on bad settings, 75 when the worker gave up for now, 1 when it could not
@@ -134,6 +138,7 @@ def _run(settings: Settings, program: str, build: Callable[[Context], Worker]) -
         log.error("%s", error)
         presence.failed(str(error), EXIT_CONFIG)
         return EXIT_CONFIG
+    measuring.also(lambda: presence.write_again(gevent.get_hub().threadpool.apply))
     measuring.add(lambda: bus_reading(program.partition("-")[0], bus))
     measuring.start()
     bus.start()
@@ -187,3 +192,7 @@ def _stop_on_signals(stop: Event, asked: Event) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         gevent.signal_handler(number, ask)
+    # Not counted as asked: who sends it and then SIGTERM, or sends it twice, does not mean now.
+    gevent.signal_handler(signal.SIGHUP, stop.set)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        gevent.signal_handler(number, log.info, "%s has no effect here", number.name)

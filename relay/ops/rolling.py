@@ -130,6 +130,14 @@ class Rolling:
         """How many send workers there are, a substitute included."""
         return sum(map(is_send_worker, self.now.programs))
 
+    def lacks_settings(self, program: str) -> bool:
+        """Whether what it was given cannot be read any more, so that it could not be started again with it."""
+        try:
+            read_settings(Path(self.now.programs[program].settings))
+        except SettingsGone:
+            return True
+        return False
+
     def settings_of(self, program: str) -> dict[str, str]:
         """What it was given. {} when that cannot be read any more."""
         try:
@@ -158,7 +166,7 @@ class Rolling:
             raise SupervisionError(
                 f"there is no program {unknown[0]}; there are {', '.join([*self.now.programs])}",
             )
-        self._roll([self.now.programs[name] for name in names])
+        self._roll([self.now.programs[name] for name in dict.fromkeys(names)])
 
     def scale(self, count: int) -> None:
         """Adds send workers, or removes those with the highest numbers. Raises ``SupervisionError``."""
@@ -184,7 +192,8 @@ class Rolling:
     def reload(self, settings: Settings, values: dict[str, str]) -> None:
         """Rolls who has other settings, starts and removes what these settings say. Raises ``SupervisionError``."""
         with self._supervision.writing():
-            kept = keep_settings(self._state_dir, values)
+            named = [each.settings for each in self.now.programs.values()]
+            kept = keep_settings(self._state_dir, values, named)
         try:
             self._reload(settings, values, kept)
         finally:
@@ -214,8 +223,8 @@ class Rolling:
         return self.now.told == told_of(settings) and self.now.send_workers_set == settings.relay_send_workers
 
     def is_concerned(self, program: str, values: dict[str, str]) -> bool:
-        """Whether a worker has to be restarted to have these settings."""
-        return concern_a_worker(self.settings_of(program), values)
+        """Whether a worker has to be restarted to have these settings; also if nobody knows any more which it has."""
+        return self.lacks_settings(program) or concern_a_worker(self.settings_of(program), values)
 
     # -- rolling -------------------------------------------------------------------------------
     def _roll(self, rolled: Sequence[Program], new: Sequence[Program] = ()) -> None:
@@ -244,12 +253,13 @@ class Rolling:
     def _roll_one(self, program: Program) -> None:
         """Restarts one, and puts it back as it was when that fails, if it was otherwise."""
         before = self.now.programs[program.name]
+        can_go_back = before != program and not self.lacks_settings(program.name)
         self._replace(program)
         failed = self._wait_ready([program.name])
         if failed is None:
             return
         error = self._failure(failed)
-        if before != program and not self._is_asked_to_end():
+        if can_go_back and not self._is_asked_to_end():
             self._say(Step(program.name, What.PUT_BACK, detail="it gets the settings back that it had"))
             self._replace(before)
             self._wait_ready([program.name])

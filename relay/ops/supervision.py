@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import orjson
 from supervisor.xmlrpc import Faults
 
 from relay.errors import EXIT_CONFIG
@@ -35,7 +34,16 @@ from relay.ops.arrangement import (
     write_arrangement,
 )
 from relay.ops.devstack import DevStack
-from relay.ops.host import check_port_free, in_words, is_listening, wait_gone
+from relay.ops.host import (
+    SUPERVISORD,
+    check_port_free,
+    in_words,
+    is_listening,
+    processes,
+    send_signal,
+    wait_gone,
+    written_pid,
+)
 from relay.ops.orders import forget_drain_seconds, forget_settings, keep_settings, tell_drain_seconds, tell_send_workers
 from relay.ops.presence import Report, Stage, presence_path, read_presence
 from relay.settings import Settings
@@ -94,25 +102,14 @@ class Supervision:
         ``values`` are the settings as they were ``captured``, ``forced`` those of them that the environment does not
         decide. Raises ``SupervisionError``: not writable, path too long, already running, a port is taken.
         """
-        if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH_BYTES:
-            raise SupervisionError(
-                f"RELAY_STATE_DIR {self.state_dir} is too long for a Unix socket; choose one of at most 80 bytes"
-            )
-        if unfit := set(str(self.state_dir)) & UNFIT_CHARACTERS:
-            raise SupervisionError(
-                f"RELAY_STATE_DIR {self.state_dir} holds {' '.join(map(repr, sorted(unfit)))}, which configuration"
-                " files cannot; choose another"
-            )
+        self._check_path()
         if self.is_running():
             raise SupervisionError(
                 f"a relay is already running in {self.state_dir}; `relayctl stop` ends it, or set RELAY_STATE_DIR"
                 " to another directory"
             )
-        if left := self.orphans():
-            raise SupervisionError(
-                f"programs of an earlier relay still run in {self.state_dir} without their supervisord"
-                f" ({in_words(left)}); `relayctl stop` ends them"
-            )
+        if why := self.absence():
+            raise SupervisionError(why)
         check_port_free(settings.relay_http_host, settings.port, "PORT")
         if dev is not None:
             for setting, port in dev.ports().items():
@@ -122,6 +119,17 @@ class Supervision:
         if os.geteuid() == 0:
             command += ["--user", "root"]
         return command
+
+    def _check_path(self) -> None:
+        if len(os.fsencode(self._socket)) > MAX_SOCKET_PATH_BYTES:
+            raise SupervisionError(
+                f"RELAY_STATE_DIR {self.state_dir} is too long for a Unix socket; choose one of at most 80 bytes"
+            )
+        if unfit := set(str(self.state_dir)) & UNFIT_CHARACTERS:
+            raise SupervisionError(
+                f"RELAY_STATE_DIR {self.state_dir} holds {' '.join(map(repr, sorted(unfit)))}, which configuration"
+                " files cannot; choose another"
+            )
 
     def _write_files(
         self,
@@ -197,6 +205,34 @@ class Supervision:
         except (OSError, xmlrpc.client.Error):
             return False
 
+    def absence(self) -> str:
+        """What runs here although no supervisord answers, and what to do; '' when nothing does."""
+        left = self.processes()
+        pid = left.pop(SUPERVISORD, 0)
+        if pid and self._is_shutting_down():
+            return f"the relay in {self.state_dir} is being stopped ({SUPERVISORD} pid {pid}); wait until it has ended"
+        if pid:
+            why = "cannot be reached" if self._socket.exists() else f"cannot be reached: {self._socket} is gone"
+            return (
+                f"the supervisord in {self.state_dir} (pid {pid}) runs and {why}; `relayctl stop` ends it in order,"
+                " then `relayctl start`"
+            )
+        if left:
+            return (
+                f"programs of an earlier relay still run in {self.state_dir} without their supervisord"
+                f" ({in_words(left)}); `relayctl stop` ends them, then `relayctl start`"
+            )
+        return ""
+
+    def _is_shutting_down(self) -> bool:
+        try:
+            self._call("getState")
+        except xmlrpc.client.Fault as fault:
+            return bool(fault.faultCode == Faults.SHUTDOWN_STATE)
+        except (OSError, xmlrpc.client.Error):
+            return False
+        return False
+
     def statuses(self) -> list[ProgramStatus]:
         """Every program's status. Raises ``SupervisionError`` when no relay runs here."""
         listed = self._asked("getAllProcessInfo")
@@ -247,6 +283,15 @@ class Supervision:
 
     # -- change ------------------------------------------------------------------------------
     @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Makes the directory, and keeps others from starting or changing anything in it. Raises as ``changing``."""
+        self._check_path()
+        with self.writing():
+            self.state_dir.mkdir(parents=True, exist_ok=True)
+        with self.changing("start"):
+            yield
+
+    @contextlib.contextmanager
     def changing(self, what: str) -> Iterator[None]:
         """Keeps others from changing what runs. ``what``: the command, for them. Raises ``SupervisionError``."""
         with contextlib.ExitStack() as stack:
@@ -257,9 +302,10 @@ class Supervision:
                     raise SupervisionError(
                         f"{file.read() or 'another relayctl'} is at work in {self.state_dir}; wait until it is done"
                     )
-                file.truncate(0)
-                file.write(f"`relayctl {what}` (pid {os.getpid()})")
-                file.flush()
+                # Unbuffered: what a full disk does not take would come up again when it is closed. It holds without.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file.fileno(), 0)
+                    os.pwrite(file.fileno(), f"`relayctl {what}` (pid {os.getpid()})".encode(), 0)
             yield
 
     def is_being_changed(self) -> bool:
@@ -304,49 +350,76 @@ class Supervision:
                 raise SupervisionError(f"supervisord does not run {name}: {fault.faultString}") from fault
 
     # -- stop ------------------------------------------------------------------------------
-    def stop(self, timeout_seconds: float, *, drain_seconds: float | None = None, is_kill: bool = False) -> list[str]:
+    def shorten_drain(self, seconds: float) -> None:
+        """Gives the workers of a relay that runs so long to drain, if less than they have. Raises if not written."""
+        if self.processes() or self.is_running():
+            with self.writing():
+                tell_drain_seconds(self.state_dir, seconds)
+
+    def stop(self, timeout_seconds: float, *, is_kill: bool = False) -> list[str]:
         """Stops every program, the workers all at once, then supervisord; returns when it is gone.
 
-        Without a supervisord, ends the programs that a killed one left behind. ``drain_seconds`` instead of what the
-        workers have, when it is less; whom the timeout finds running is killed if ``is_kill``: their names.
-        Raises ``SupervisionError`` when there is nothing to stop, or it still runs after the timeout.
+        Without a supervisord, ends the programs that a killed one left behind; one whose socket is gone has them
+        stopped one after the other. ``is_kill``: whom the timeout finds running is killed, and a supervisord that
+        hangs at once, since it stops nobody; the names of those.
+        Raises ``SupervisionError`` when there is nothing to stop, it hangs, or it still runs after the timeout.
         """
         deadline = time.monotonic() + timeout_seconds
-        pids = self.orphans()
-        if drain_seconds is not None and (pids or self.is_running()):
-            with self.writing():
-                tell_drain_seconds(self.state_dir, drain_seconds)
+        pids = self.processes()
+        hung: list[str] = []
         try:
-            pids = {"supervisord": int(self._call("getPID")), **pids}
+            pids = {SUPERVISORD: int(self._call("getPID")), **pids}
             self.begin_draining()
             self._call("shutdown")
         except xmlrpc.client.Fault:  # it is shutting down already; a second SIGTERM would cut what is in flight
-            with contextlib.suppress(OSError, ValueError):  # it has just ended
-                pids = {"supervisord": int((self.state_dir / "supervisord.pid").read_text()), **pids}
+            if SUPERVISORD not in pids and (pid := written_pid(self.state_dir)):
+                pids = {SUPERVISORD: pid, **pids}
+        except SupervisionError:
+            if not is_kill or SUPERVISORD not in pids:
+                raise
+            hung = [SUPERVISORD]
+            send_signal(pids[SUPERVISORD], signal.SIGKILL)
+            wait_gone({SUPERVISORD: pids[SUPERVISORD]}, time.monotonic() + KILLED_SECONDS)
+            pids = self._end_programs(deadline)
         except (OSError, xmlrpc.client.Error) as error:
             if not pids:
                 raise SupervisionError(f"no relay runs in {self.state_dir}; nothing to stop") from error
-            for name, pid in pids.items():
-                report = read_presence(self.state_dir, name, pid)
-                if report is None or report.stage is not Stage.DRAINING:  # a second SIGTERM would cut here, too
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
+            if SUPERVISORD in pids:  # only it can end them: it would start again whom somebody else ends
+                send_signal(pids[SUPERVISORD], signal.SIGTERM)
+            else:
+                pids = self._end_programs(deadline)
         left = wait_gone(pids, deadline)
         if not left:
-            return []
+            return hung
         if not is_kill:
             raise SupervisionError(
                 f"still running after {timeout_seconds:g} s: {in_words(left)}; `relayctl stop` waits on,"
                 " `relayctl stop --kill` kills what runs after its timeout"
             )
         for name, pid in left.items():
-            if name != "supervisord":
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            if name != SUPERVISORD:
+                send_signal(pid, signal.SIGKILL)
         for pid in wait_gone(left, time.monotonic() + KILLED_SECONDS).values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return list(left)
+            send_signal(pid, signal.SIGKILL)
+        return [*hung, *left]
+
+    def _end_programs(self, deadline: float) -> dict[str, int]:
+        """Without a supervisord: has the workers end, then the development stack's servers, which they need.
+
+        Those that run at the deadline, or have just been told.
+        """
+        left = self.processes()
+        workers = {name: pid for name, pid in left.items() if is_worker(name)}
+        for name, pid in workers.items():
+            report = read_presence(self.state_dir, name, pid)
+            if report is None or report.stage is not Stage.DRAINING:  # a second SIGTERM would cut here, too
+                send_signal(pid, signal.SIGTERM)
+        servers = {name: pid for name, pid in left.items() if name not in workers}
+        if late := wait_gone(workers, deadline):
+            return late | servers
+        for pid in servers.values():
+            send_signal(pid, signal.SIGTERM)
+        return servers
 
     def begin_draining(self) -> None:
         """Asks all workers to stop at once; supervisord by itself would ask one after the other is gone."""
@@ -355,18 +428,13 @@ class Supervision:
                 with contextlib.suppress(xmlrpc.client.Fault):  # it has just ended by itself
                     self._call("stopProcess", info["name"], False)
 
+    def processes(self) -> dict[str, int]:
+        """Whatever runs of this relay, as the kernel knows it: name and pid, ``supervisord`` first."""
+        return processes(self.state_dir)
+
     def orphans(self) -> dict[str, int]:
-        """Programs of ours that still run although their supervisord does not: name and pid."""
-        found = {}
-        for path in sorted((self.state_dir / "run").glob("*.json")):
-            try:
-                pid = int(orjson.loads(path.read_bytes())["pid"])
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if any(word.startswith(b"workers.") for word in command) and path.stem.encode() in command:
-                found[path.stem] = pid
-        return found
+        """The programs among them: those that run on when their supervisord does not."""
+        return {name: pid for name, pid in self.processes().items() if name != SUPERVISORD}
 
     def _asked(self, method: str, *arguments: object) -> Any:
         """As ``_call``, for a relay that runs: raises ``SupervisionError`` when it does not, and ``Fault``."""
@@ -377,7 +445,8 @@ class Supervision:
                 raise SupervisionError(f"the relay in {self.state_dir} is being stopped") from fault
             raise
         except (OSError, xmlrpc.client.Error) as error:
-            raise SupervisionError(f"no relay runs in {self.state_dir}; `relayctl start` starts one") from error
+            why = self.absence() or f"no relay runs in {self.state_dir}; `relayctl start` starts one"
+            raise SupervisionError(why) from error
 
     def _call(self, method: str, *arguments: object) -> Any:
         """One call of supervisord's XML-RPC interface. Raises ``OSError`` and ``xmlrpc.client.Error``."""
@@ -385,8 +454,10 @@ class Supervision:
             with xmlrpc.client.ServerProxy("http://127.0.0.1", transport=_Transport(self._socket)) as proxy:
                 return getattr(proxy.supervisor, method)(*arguments)
         except TimeoutError as error:
+            pid = self.processes().get(SUPERVISORD) or "in supervisord.pid there"
             raise SupervisionError(
-                f"the supervisord in {self.state_dir} does not answer; its pid is in supervisord.pid there"
+                f"the supervisord in {self.state_dir} (pid {pid}) hangs: it does not answer; if it stays so"
+                " `relayctl stop --kill` ends it and its programs, then `relayctl start`"
             ) from error
 
 

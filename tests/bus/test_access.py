@@ -428,13 +428,40 @@ def test_a_file_that_cannot_be_read(read: Callable[[str], object], tmp_path: Pat
 
 @pytest.mark.parametrize(
     "content",
-    [SECRET, f" {SECRET}\n", WHOLE, "eyJ0eXAiOiJKV1QiLCJhbGciOiJlZDI1NTE5"],
-    ids=["seed", "line", "creds", "jwt"],
+    [SECRET, f" {SECRET}\n", WHOLE, "eyJ0eXAiOiJKV1QiLCJhbGciOiJlZDI1NTE5", SECRET[:-1], SECRET[:20], f"{SECRET}A"],
+    ids=["seed", "line", "creds", "jwt", "short seed", "part of a seed", "long seed"],
 )
 def test_what_belongs_into_a_file_is_not_told_when_it_stands_in_its_place(content: str) -> None:
     with pytest.raises(ConfigError) as raised:
         read_creds(content)
     assert str(raised.value) == "must be the path of a file, not what belongs into the file"
+
+
+@pytest.mark.parametrize("read", [read_seed, read_creds, read_line])
+@pytest.mark.parametrize(
+    "value",
+    [SECRET[3:], SECRET[:12], SECRET.lower(), f"x{SECRET}", "hush-hush", "hush/hush=", "hush.hush hush", "hush\0"],
+)
+def test_of_what_does_not_look_like_a_path_the_beginning_alone_is_told(
+    read: Callable[[str], object], value: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(value)
+    assert value[:3] in str(raised.value)
+    assert value[3:9] not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ["/run/secrets/nats", "./nats", "~/nats", "nats.creds", "conf/nats-1/relay.creds"])
+def test_a_path_is_told(path: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{path} cannot be read: No such file"):
+        read_creds(path)
+
+
+def test_a_key_in_place_of_its_file_is_not_told() -> None:
+    with pytest.raises(ConfigError) as raised:
+        tls_context("", "cert.pem", "-----BEGIN PRIVATE KEY-----\nhush")
+    assert "cert.pem" in str(raised.value)
+    assert "hush" not in str(raised.value)
 
 
 def test_files_of_certificates_that_cannot_be_used(authority: Authority, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -16,11 +18,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
-    """Runs commands with a state directory of their own and no NATS."""
-    monkeypatch.setenv("RELAY_STATE_DIR", str(tmp_path))
-    monkeypatch.setenv("NATS_URL", "nats://127.0.0.1:9")
-    return CliRunner()
+def runner(tmp_path: Path) -> Iterator[CliRunner]:
+    """Runs commands with a state directory of their own and no NATS; what a settings file sets ends with the test."""
+    before = dict(os.environ)
+    os.environ.update(RELAY_STATE_DIR=str(tmp_path), NATS_URL="nats://127.0.0.1:9")
+    yield CliRunner()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
@@ -108,6 +112,25 @@ def test_settings_say_where_they_come_from_and_mask_secrets(runner: CliRunner, t
     assert rows["NATS_URL"] == ("nats://127.0.0.1:9", "environment"), "the environment outranks the file"
     assert rows["SMTP_PORT"] == ("587", "default")
     assert "hunter2" not in shown.stdout
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_settings_mask_who_logs_in_with_a_url(runner: CliRunner, tmp_path: Path, as_json: bool) -> None:
+    file = tmp_path / "relay.env"
+    file.write_text(
+        "OTEL_EXPORTER_OTLP_ENDPOINT=http://me:Sec,ret@collector.example.com:4318\n"
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=me:Sec,ret@collector.example.com:4318/v1/traces\n"
+        "SES_ENGAGEMENT_SQS_QUEUE_URL=https://me:Sec,ret@sqs.eu-west-1.amazonaws.com/1/events\n"
+    )
+    shown = runner.invoke(cli, ["--env-file", str(file), "settings", *(["--json"] if as_json else [])])
+    assert shown.exit_code == 0
+    assert "ret@" not in shown.stdout
+    assert "Sec" not in shown.stdout
+    if as_json:
+        rows = {row["name"]: row["value"] for row in json.loads(shown.stdout)}
+        assert rows["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://collector.example.com:4318"
+        assert rows["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"] == "collector.example.com:4318/v1/traces"
+        assert rows["SES_ENGAGEMENT_SQS_QUEUE_URL"] == "https://sqs.eu-west-1.amazonaws.com/1/events"
 
 
 def test_settings_as_markdown(runner: CliRunner) -> None:

@@ -63,6 +63,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "relay.env"))
         else:
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, directory / name)
     return directory
 

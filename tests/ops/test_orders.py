@@ -34,6 +34,12 @@ def test_settings_are_kept_from_others_under_the_next_number(tmp_path: Path) -> 
         read_settings(first)
 
 
+def test_a_file_that_is_named_and_gone_is_not_made_anew(tmp_path: Path) -> None:
+    first = keep_settings(tmp_path, {})
+    first.unlink()
+    assert keep_settings(tmp_path, {}, named=["", str(first)]).name == "2.json"
+
+
 @pytest.mark.parametrize("text", ["", "[", "3", "null"])
 def test_settings_that_are_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "1.json").write_text(text)

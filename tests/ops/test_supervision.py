@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -114,9 +115,35 @@ def test_who_has_exited_is_started_again(state: str, is_hopeless: bool) -> None:
     assert cannot_work(ProgramStatus("send-1", state, 0, 0, None, False)) == is_hopeless
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"programs": []}',
+        '{"programs": {"send-1": "x"}}',
+        '{"drain_seconds": "x"}',
+        '{"port": "x"}',
+        '{"arrangement": []}',
+        '{"arrangement": {"programs": 1}}',
+        '{"arrangement": {"programs": [1]}}',
+        "[]",
+        "{",
+    ],
+)
+def test_what_is_kept_and_has_other_types_counts_as_unreadable(tmp_path: Path, text: str) -> None:
+    (tmp_path / "started.json").write_text(text)
+    assert Supervision(tmp_path).started() == {}
+
+
+def test_a_pid_that_is_somebody_elses_by_now(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "send-1.json").write_text(json.dumps({"pid": os.getpid()}))
+    (tmp_path / "supervisord.pid").write_text(str(os.getpid()))
+    assert Supervision(tmp_path).processes() == {}
+
+
 def test_there_is_nothing_to_stop(tmp_path: Path) -> None:
     with pytest.raises(SupervisionError, match="nothing to stop"):
-        Supervision(tmp_path / "never").stop(1, drain_seconds=5)
+        Supervision(tmp_path / "never").stop(1)
 
 
 def test_what_goes_wrong_while_something_is_changed_is_not_put_down_to_the_directory(tmp_path: Path) -> None:

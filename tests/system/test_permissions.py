@@ -346,6 +346,26 @@ def test_the_relay_writes_nowhere_for_a_caller_who_names_its_subjects_as_inbox(
     assert not violations(stage.server_log.read_text(), "relay"), "and Relay has not even tried"
 
 
+def test_within_an_account_a_reply_arrives_at_whatever_inbox_was_named(stage: Stage) -> None:
+    """Not refused by anybody: docs/security.md says so, under what is not protected."""
+
+    async def listen(nc: nats.NATS, _errors: Errors) -> dict[str, Any]:
+        heard = await nc.subscribe("_INBOX.reader.known")
+        await settle(nc)
+
+        async def name_it(other: nats.NATS, errors: Errors) -> None:
+            await other.publish(SEND_EMAIL, b'{"to":1}', reply="_INBOX.reader.known")
+            await settle(other)
+            assert not errors
+
+        await asyncio.to_thread(stage.as_user, "billing", name_it)
+        reply: dict[str, Any] = json.loads((await heard.next_msg(5)).data)
+        return reply
+
+    reply = stage.as_user("reader", listen)
+    assert reply["error"], "Relay's own words, of a request it refused"
+
+
 @pytest.mark.parametrize("destination", [RECORD, FACT, "$KV.email-requests.x"])
 def test_a_trace_writes_nowhere(stage: Stage, destination: str) -> None:
     """nats-server tells a message's way to whatever subject its header names, if its sender may publish there."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,20 +68,44 @@ def test_a_killed_worker_comes_back_and_the_others_go_on(new_relay: NewRelay) ->
     assert any(1.0 < at < 2.0 for at in load.seconds_at_reply), "mail goes on while it is away"
 
 
-def test_sigterm_answers_what_is_in_flight(new_relay: NewRelay, smtp: CatchingServer) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_answers_what_is_in_flight(
+    new_relay: NewRelay, smtp: CatchingServer, number: signal.Signals
+) -> None:
     relay = new_relay()
     relay.start()
     caught_before = smtp.count()
 
     def stop_one() -> None:
-        os.kill(relay.program("send-1").pid, signal.SIGTERM)
+        os.kill(stopped.pid, number)
 
+    stopped = relay.program("send-1")
     load = under_load(relay.nats_url, callers=50, seconds=2, during=stop_one, after_seconds=0.7)
     assert load.timed_out == 0, "every request got its reply"
     assert len(load.replies) > 500
     assert all(reply.get("email_id") for reply in load.replies)
     assert smtp.count() - caught_before == len(load.replies), "no mail is lost or doubled"
     assert "stopped" in [line["msg"] for line in relay.log("send-1")]
+    relay.wait_until_ready("send-1", other_pid_than=stopped.pid, timeout_seconds=10)
+
+
+def test_signals_without_a_meaning_end_nothing(new_relay: NewRelay) -> None:
+    worker = Worker("send", new_relay(DRAIN_SECONDS="1").settings)
+    try:
+        deadline = time.monotonic() + 20
+        while (report := read_presence(worker.state_dir, "send", worker.process.pid)) is None or report.reason:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            worker.process.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                worker.process.wait(0.5)
+        worker.process.send_signal(signal.SIGHUP)
+        worker.process.send_signal(signal.SIGHUP)  # unlike a second SIGTERM
+        worker.output()
+        assert worker.process.returncode == 0
+    finally:
+        worker.end()
 
 
 def test_what_the_drain_deadline_cuts_is_in_doubt_and_answered(new_relay: NewRelay, stalling_smtp: int) -> None:

@@ -72,7 +72,7 @@ def _queue(queue: Queue) -> Iterator[Finding]:
 
 def _other_pollers(queue: Queue, settings: Settings) -> Iterator[Finding]:
     """Where no relay runs here, messages in flight are somebody else's."""
-    if not Supervision(settings.relay_state_dir).is_running() and (taken := queue.backlog().in_flight):
+    if not Supervision(settings.relay_state_dir).processes() and (taken := queue.backlog().in_flight):
         detail = (
             f"{taken} messages of the queue are in somebody's hands, and no relay runs here: another relay's, or those"
             " of lfx's own poller, which must be off: it would take Relay's fields out of the records"

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from gevent import Timeout, socket, ssl
 
 from relay.delivery.config import Host, SmarthostConfig
-from relay.delivery.dialling import IMPLICIT_TLS_PORTS
+from relay.delivery.dialling import IMPLICIT_TLS_PORTS, ssl_context
 from relay.delivery.reply import Reply, ReplyBuffer, parse_extensions
-from relay.errors import ProtocolViolation
+from relay.errors import ConfigError, ProtocolViolation
 
 LOOK_SECONDS = 4.0
 
@@ -56,10 +56,10 @@ def first_words(host: Host) -> str:
 
 
 def look(config: SmarthostConfig, host: Host, sender: str) -> Look:
-    """Opens a session without logging in; asks MAIL from ``sender`` unless that is ''. Never raises for the network."""
+    """Opens a session without logging in; asks MAIL from ``sender`` unless that is ''. Never raises."""
     ends_at: float | None = None
     mail: Reply | None = None
-    with contextlib.suppress(OSError, ProtocolViolation), _connected(host) as plain:
+    with contextlib.suppress(OSError, ProtocolViolation, ConfigError), _connected(host) as plain:
         talk = _Talk(plain)
         is_first = is_implicit(config, host)
         if is_first:
@@ -96,15 +96,7 @@ class _Talk:
 
     def start_tls(self, config: SmarthostConfig, host: Host) -> float | None:
         """When the certificate ends."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        if config.ca_file:
-            context.load_verify_locations(config.ca_file)
-        else:
-            context.load_default_certs()
-        if not config.tls_verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        self._sock = context.wrap_socket(self._sock, server_hostname=host.name)
+        self._sock = ssl_context(config).wrap_socket(self._sock, server_hostname=host.name)
         certificate = self._sock.getpeercert() or {}
         ends = certificate.get("notAfter")
         return float(ssl.cert_time_to_seconds(ends)) if ends else None
