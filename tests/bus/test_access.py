@@ -373,7 +373,8 @@ def test_tls_first_where_the_server_speaks_first(
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
-USER, ACCOUNT = new_key(), new_key(nkeys.PREFIX_BYTE_ACCOUNT)
+# The same in each of pytest's processes, which must agree on the names of tests.
+USER, ACCOUNT = new_key(octets=bytes(range(32))), new_key(nkeys.PREFIX_BYTE_ACCOUNT, octets=bytes(range(1, 33)))
 SECRET = USER.seed
 DAMAGED = SECRET[:20] + ("A" if SECRET[20] != "A" else "B") + SECRET[21:]
 WHOLE = Operator().creds(USER)
@@ -399,7 +400,6 @@ WHOLE = Operator().creds(USER)
         (read_line, "", "must hold one line"),
         (read_line, "hush-hush\nhush-hush\n", "must hold one line"),
     ],
-    # Keys are made anew in each process, and pytest's processes must agree on the names of tests.
     ids=map(str, range(11)),
 )
 def test_a_file_that_is_not_what_it_should_be(

@@ -96,9 +96,9 @@ class Key(NamedTuple):
     seed: str
 
 
-def new_key(prefix: int = nkeys.PREFIX_BYTE_USER) -> Key:
-    """A new nkey; a user's unless another prefix is given."""
-    seed = nkeys.encode_seed(os.urandom(32), prefix)
+def new_key(prefix: int = nkeys.PREFIX_BYTE_USER, octets: bytes = b"") -> Key:
+    """A new nkey; a user's unless another prefix is given. Always the same one where its 32 ``octets`` are given."""
+    seed = nkeys.encode_seed(octets or os.urandom(32), prefix)
     return Key(nkeys.from_seed(bytearray(seed)).public_key.decode(), seed.decode())
 
 
