@@ -47,7 +47,7 @@ def check(as_json_: bool) -> None:
 @json_option
 @click.option("--markdown", is_flag=True, help="Print every setting, its default and its meaning as Markdown.")
 def settings(as_json_: bool, markdown: bool) -> None:
-    """Shows every setting's effective value and where it comes from; secrets are masked.
+    """Shows every setting's value as it is for this shell, and where it comes from; secrets are masked.
 
     Example: relayctl settings
     """

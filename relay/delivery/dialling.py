@@ -109,7 +109,8 @@ class Dialler:
             opening.expect_silence()
         except (OSError, ProtocolViolation) as error:
             channel.close()
-            raise opening.failure(local_failure(error), str(error)) from error
+            detail = opening.awaited if isinstance(error, TimeoutError) else str(error)
+            raise opening.failure(local_failure(error), detail) from error
         except BaseException:
             channel.close()
             raise
@@ -247,6 +248,11 @@ class _Opening:
             self.expect(Phase.AUTH, _base64(password))
         else:
             raise self.failure(LocalFailure.NOT_OFFERED, "neither AUTH PLAIN nor LOGIN is offered")
+
+    @property
+    def awaited(self) -> str:
+        """What it waits for, in words."""
+        return "no banner" if self._phase is Phase.BANNER else f"no reply to {self._phase.value.upper()}"
 
     def failure(self, failure: LocalFailure, detail: str) -> NotConnected:
         """Make the error for what happened here."""

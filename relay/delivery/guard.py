@@ -4,7 +4,9 @@ Owns when the circuit opens, who probes and how long to wait in between, and how
 wants fewer connections. ``circuit`` has the states, ``trouble`` judges, ``pool`` and ``dialling`` connect.
 
 A connection that cannot be opened opens the circuit only when no other one lives; while others do, they show that the
-smarthost serves us, so only dialling pauses. A refusal after MAIL that concerns all mail opens it at once.
+smarthost serves us, so only dialling pauses. But those of a smarthost that hangs live, too: a dial that waited in vain
+while nothing was heard on any connection opens it as well. A refusal after MAIL that concerns all mail opens it at
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from gevent.event import Event
 from relay.delivery.circuit import Circuit
 from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import Dialler, LoginRefused, OpeningFailed
+from relay.delivery.outcome import SaidBy
 from relay.delivery.pool import Pool
 from relay.delivery.session import Session
 from relay.delivery.trouble import Probe, Radius, Remedy, Trouble
@@ -36,6 +39,8 @@ REFUSAL_CAP_SECONDS: Final = 30.0
 """Between probes after a refusal by rule (credentials, quota): asking often may get us locked out."""
 DIAL_PAUSE_SECONDS: Final = 1.0
 """Without a new dial after one failed while other connections live."""
+IN_VAIN_SECONDS: Final = 1.0
+"""A dial that took so long to fail was not refused: it waited for something that did not come."""
 
 
 class Guard:
@@ -55,6 +60,8 @@ class Guard:
         self._prober: Any = None
         self._closing = Event()
         self._opened = 0
+        self.heard_at = 0.0
+        """When the smarthost was last seen to serve, on ``time.monotonic()``: a mail, or a new connection."""
 
     def begin_mail_probe(self) -> bool:
         """Let this one mail pass, when only a mail can show that the smarthost is well and it is time to try.
@@ -111,12 +118,21 @@ class Guard:
 
     def _open_session(self) -> Session:
         """Dial for the pool. While the circuit is open this is the probe, and only a 250 to NOOP closes it."""
-        if self.circuit.is_closed:
-            session = self._try_host_again() or self._dialler.dial()
-        else:
-            session = self._dialler.probe()
-            if self.circuit.probe is Probe.NOOP and not self.circuit.is_closed:
-                self._close_circuit()
+        begun_at = time.monotonic()
+        try:
+            if self.circuit.is_closed:
+                session = self._try_host_again() or self._dialler.dial()
+            else:
+                session = self._dialler.probe()
+                if self.circuit.probe is Probe.NOOP and not self.circuit.is_closed:
+                    self._close_circuit()
+        except OpeningFailed as error:
+            now = time.monotonic()
+            is_in_vain = error.outcome.said_by is SaidBy.LOCAL and now - begun_at >= IN_VAIN_SECONDS
+            if is_in_vain and self.heard_at < begun_at and self.circuit.is_closed:
+                self._set_aside(error, now)
+            raise
+        self.heard_at = time.monotonic()
         self._opened += 1
         return session
 
@@ -148,7 +164,10 @@ class Guard:
             # Others live, or may in a moment: they serve those who wait.
             self.pool.hold_dials(DIAL_PAUSE_SECONDS)
             return
-        now = time.monotonic()
+        self._set_aside(error, time.monotonic())
+
+    def _set_aside(self, error: EgressUnavailable, now: float) -> None:
+        """No connection can be had: open the circuit, or leave it open, and probe."""
         reason = error.outcome.detail if isinstance(error, OpeningFailed) else str(error)
         if self.circuit.is_closed:
             is_refusal = isinstance(error, LoginRefused)

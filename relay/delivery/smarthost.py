@@ -28,7 +28,7 @@ import gevent
 from relay.delivery.config import Host, SmarthostConfig
 from relay.delivery.dialling import OpeningFailed
 from relay.delivery.guard import Guard
-from relay.delivery.outcome import Outcome, Phase, State
+from relay.delivery.outcome import Outcome, Phase, SaidBy, State
 from relay.delivery.pacer import Pacer
 from relay.delivery.rate import Rate
 from relay.delivery.session import Commit, Ending, Session
@@ -297,7 +297,7 @@ class Smarthost:
         if ending is None:
             self.transaction_seconds.observe(took_seconds)
             self._usual_seconds += (took_seconds - self._usual_seconds) * WEIGHT_OF_THE_LAST
-            self._usual_at = now
+            self._usual_at = self._guard.heard_at = now
             self._count_relayed(len(outcomes), now, is_probe)
         else:
             if has_begun and not ending.is_awaiting_dot:
@@ -340,6 +340,8 @@ class Smarthost:
 
     def _heed(self, outcomes: list[Outcome], ending: Ending, now: float, is_probe: bool) -> None:
         """Do what the trouble asks for beyond the mail that met it."""
+        if any(outcome.said_by is SaidBy.PEER for outcome in outcomes):
+            self._guard.heard_at = now
         self._guard.heed(ending.trouble, ending.reason, is_probe=is_probe)
         is_throttled = ending.trouble.remedy is Remedy.SLOWER or Remedy.SLOWER in ending.again.values()
         if is_throttled and self._rate.throttled(now):

@@ -513,3 +513,41 @@ def test_a_transaction_in_doubt_is_timed_once_to_its_end() -> None:
         eventually(lambda: smarthost.figures()["awaiting_dot"] == 0)
         assert sum(smarthost.transaction_seconds.counts) == 1
         assert smarthost.transaction_seconds.sum_seconds >= 1.0
+
+
+def test_a_smarthost_that_hangs_in_the_middle_of_a_mail_is_set_aside() -> None:
+    """The connection that waits for the reply to its final dot seems to live for minutes: it proves nothing."""
+    with (
+        ScriptedSmtp() as server,
+        smarthost_for(server, pool_size=20, banner_seconds=1.5, dot_seconds=60.0) as smarthost,
+    ):
+        server.change({"dot": stall()})
+        callers = [gevent.spawn(relay, smarthost, seconds=20.0)]
+        eventually(lambda: len(server.mails) == 1)
+        server.change({"banner": stall()})
+        hung_at = time.monotonic()
+        while smarthost.figures()["circuit"] == "closed":
+            assert time.monotonic() - hung_at < 5.0, "nobody noticed"
+            callers.append(gevent.spawn(relay, smarthost, seconds=20.0))
+            gevent.sleep(0.1)
+        assert time.monotonic() - hung_at >= 1.4
+        in_doubt, *waited = callers
+        gevent.joinall(waited, timeout=5.0)
+        assert {(caller.value[0].state, caller.value[0].detail) for caller in waited} == {
+            (State.DEFERRED, "timed out: no banner")
+        }
+        assert relay(smarthost)[0].detail == "smarthost unavailable: timed out: no banner"
+        server.change({})
+        eventually(lambda: smarthost.figures()["circuit"] == "closed", 5.0)
+        assert relay(smarthost)[0].state is State.RELAYED
+        in_doubt.kill()
+
+
+def test_one_dial_in_vain_changes_nothing_while_mail_goes_out() -> None:
+    with ScriptedSmtp() as server, smarthost_for(server, pool_size=2, banner_seconds=1.5) as smarthost:
+        relay(smarthost)
+        server.change({"banner": stall(), "dot": wait(0.2)})
+        callers = [gevent.spawn(relay, smarthost, seconds=10.0) for _ in range(15)]
+        gevent.joinall(callers, timeout=10.0)
+        assert {caller.value[0].state for caller in callers} == {State.RELAYED}
+        assert smarthost.figures()["circuit"] == "closed"
