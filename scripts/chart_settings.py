@@ -55,7 +55,9 @@ def _one(own: dict[str, Any]) -> dict[str, Any]:
         return {"enum": [None, True, False, "", *sorted(TRUE_WORDS), *sorted(FALSE_WORDS)]}
     if "enum" in own:
         return {"enum": [None, "", *own["enum"]]}
-    bounds = {key: own[key] for key in ("minimum", "exclusiveMinimum", "maximum", "pattern") if key in own}
+    bounds: dict[str, Any] = {
+        key: own[key] for key in ("minimum", "exclusiveMinimum", "maximum", "pattern") if key in own
+    }
     if own["type"] in {"integer", "number"}:
         return {"type": [own["type"], "string", "null"], **bounds, "pattern": r"^([0-9]+(\.[0-9]+)?)?$"}
     return {"type": [own["type"], "string", "null"] if own["type"] == "array" else ["string", "null"], **bounds}

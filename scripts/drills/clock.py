@@ -31,8 +31,8 @@ MAIL_SECONDS = 0.05
 """What the sink takes over a mail, so that about ten are under way when the clock jumps."""
 JUMPS_SECONDS = (3600, 0, -3600)
 """What the clock is wrong by, after each jump."""
-NOTICED_SECONDS = 1.5
-"""libfaketime looks for a new offset every second."""
+NOTICED_SECONDS = 2.5
+"""libfaketime looks for a new offset when more than one second is over, counted in whole ones."""
 SLOWER = 2.0
 """Times the usual p99 that may be reached meanwhile, and at least ``SLOWER_SECONDS``."""
 SLOWER_SECONDS = 0.3

@@ -300,5 +300,5 @@ def _delivered(nats_url: str) -> Counter[str]:
 DRILLS = (
     Drill("restart", play_restart, seconds=10, margin_seconds=60),
     Drill("scale", play_scale, seconds=6, margin_seconds=50),
-    Drill("kill", play_kill, seconds=12, margin_seconds=60),
+    Drill("kill", play_kill, seconds=12, margin_seconds=60, is_alone=True),
 )

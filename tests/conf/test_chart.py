@@ -216,6 +216,8 @@ def test_unset_settings_are_left_to_relay(tmp_path: Path) -> None:
             },
             "NATS_URL is given in secretEnv and in secretFiles",
         ),
+        ({"externalSecrets": {"secrets": {"relay-smtp": {"user": {"key": "/mail"}}}}}, "says where they are"),
+        ({"metrics": {"monitor": "ServiceMonitor"}, "service": {"enabled": False}}, "there is no service to look at"),
     ],
 )
 def test_values_that_are_wrong_are_refused(values: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -336,8 +338,14 @@ def test_service_account(tmp_path: Path) -> None:
     ("kind", "endpoints"), [("PodMonitor", "podMetricsEndpoints"), ("ServiceMonitor", "endpoints")]
 )
 def test_monitor(kind: str, endpoints: str, tmp_path: Path) -> None:
-    spec = of_kind(rendered({"metrics": {"monitor": kind}}, tmp_path), kind)["spec"]
+    manifests = rendered({"metrics": {"monitor": kind}, "fullnameOverride": "mail-out"}, tmp_path)
+    spec = of_kind(manifests, kind, "mail-out")["spec"]
     assert spec[endpoints] == [{"port": "http", "path": "/metrics", "interval": "30s"}]
+    # The name of the job is what the alerts look for; by itself it would be the release's, or namespace/release
+    jobs = set(re.findall(r'job="([^"]+)"', (CONF / "prometheus" / "alerts.yml").read_text()))
+    template = of_kind(manifests, "Deployment", "mail-out")["spec"]["template"]
+    for labelled in (template, of_kind(manifests, "Service", "mail-out")):
+        assert {labelled["metadata"]["labels"][spec["jobLabel"]]} == jobs
 
 
 def test_external_secrets(tmp_path: Path) -> None:
@@ -357,6 +365,9 @@ def test_external_secrets(tmp_path: Path) -> None:
     spec = of_kind(manifests, "ExternalSecret", "relay-smtp")["spec"]
     assert spec["secretStoreRef"] == {"kind": "ClusterSecretStore", "name": "vault"}
     assert "SecretStore" not in {each["kind"] for each in manifests}
+    # Without secrets nothing of it, whatever else is said
+    none = rendered({"externalSecrets": {"awsRegion": "us-west-2"}}, tmp_path)
+    assert not {"SecretStore", "ExternalSecret"} & {each["kind"] for each in none}
 
 
 # -- JetStream ---------------------------------------------------------------------------------
