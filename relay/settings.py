@@ -264,7 +264,12 @@ class Settings(BaseSettings):
         Group.RELAY, 25, "How long a worker that is told to stop may finish what is in flight.", "as lfx"
     )
     backlog_limit: int = _row(
-        Group.RELAY, 5000, "Requests one worker holds at a time; more are answered `overloaded`.", ge=1, le=1_000_000
+        Group.RELAY,
+        5000,
+        "Requests one worker holds at a time; more are answered `overloaded`, as are those that it does not expect to"
+        " serve in time.",
+        ge=1,
+        le=1_000_000,
     )
     backlog_limit_bytes: int = _row(
         Group.RELAY, 64_000_000, "Bytes of requests one worker holds at a time.", ge=1_000_000

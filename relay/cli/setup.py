@@ -27,8 +27,9 @@ from relay.ops.preflight import Finding, findings
 def check(as_json_: bool) -> None:
     """Asks NATS, JetStream, the smarthost and this host whether a relay could run; says what to do where not.
 
-    Exits 1 when it could not. What it could run without is a warning. Asks about the relay that runs in the state
-    directory, where there is one. Makes the buckets and the log when they are missing, as the first worker would.
+    Exits 1 when it could not. What it could run without is a warning. What this shell does not set is asked as the
+    relay has it that runs in the state directory. Makes the buckets and the log when they are missing, as the first
+    worker would.
     `relayctl doctor` asks more, changes nothing, and looks at a running relay too.
 
     Example: relayctl check
