@@ -297,7 +297,7 @@ class Smarthost:
         if ending is None:
             self.transaction_seconds.observe(took_seconds)
             self._usual_seconds += (took_seconds - self._usual_seconds) * WEIGHT_OF_THE_LAST
-            self._usual_at = self._guard.heard_at = now
+            self._usual_at = now
             self._count_relayed(len(outcomes), now, is_probe)
         else:
             if has_begun and not ending.is_awaiting_dot:
@@ -352,6 +352,7 @@ class Smarthost:
             self._count_relayed(relayed, now, is_probe)
 
     def _count_relayed(self, recipients: int, now: float, is_probe: bool) -> None:
+        self._guard.heard_at = now
         if self._rate.accepted(recipients, now):
             self._pacer.rate_changed()
         if is_probe:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import require
 from tests.support.moto_server import aws_environment
 from tests.support.nats_server import NatsServer, free_port
 from tests.support.relay_process import RELAYCTL, RelayProcess, clean_environment
@@ -236,8 +237,7 @@ def test_name_servers_that_do_not_answer(state_dir: Path, command: str) -> None:
 
 
 def test_a_clock_that_is_wrong(state_dir: Path, nats_server: NatsServer, smtp: SmtpThread) -> None:
-    if shutil.which("faketime") is None:
-        pytest.skip("faketime is missing")
+    require(shutil.which("faketime") is not None, "faketime")
     settings = RelayProcess(state_dir, nats_server.url, smtp.port).settings
     done = subprocess.run(
         ["faketime", "-f", "+1h", str(RELAYCTL), "doctor", "--json"],
