@@ -587,7 +587,7 @@ async def poison_all(
     judge(findings, f"seed {seed}", sent, kept, await ask_analytics(nats_server.url, groups))
     seconds = {is_poisoned: [each.seconds for each in played] for is_poisoned, played in rounds.items()}
     ratio = statistics.median(poisoned / clean for poisoned, clean in zip(seconds[True], seconds[False], strict=True))
-    findings.check(
+    findings.check_timing(
         f"garbage makes the rest take at most {most_slower:g} times as long", ratio <= most_slower, f"{ratio:.2f}"
     )
     notifications = sum(len(mail.happenings) for mail in rounds[True][0].mails)

@@ -29,6 +29,9 @@ class Check(NamedTuple):
     what: str
     holds: bool
     seen: str
+    is_timing: bool = False
+    """Whether it says how long something took or how much went through: on a crowded machine it may not hold, and
+    nothing is wrong."""
 
 
 class Findings:
@@ -44,10 +47,19 @@ class Findings:
         """State what must hold, whether it does, and what was seen."""
         self.checks.append(Check(what, holds, str(seen)))
 
+    def check_timing(self, what: str, holds: bool, seen: object = "") -> None:
+        """The same of how long something took, or how much went through. What must not happen is never one of these."""
+        self.checks.append(Check(what, holds, str(seen), is_timing=True))
+
     @property
     def is_good(self) -> bool:
         """Whether the drill checked something and all of it holds."""
         return bool(self.checks) and all(check.holds for check in self.checks)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether nothing but timings does not hold."""
+        return not self.is_good and bool(self.checks) and all(check.holds or check.is_timing for check in self.checks)
 
 
 class Drill(NamedTuple):

@@ -409,12 +409,12 @@ async def play_overload(relay: Relay, findings: Findings, deadline_seconds: floa
     findings.check("at twice what can be done, some are refused", bool(refusals), len(refusals))
     slow = quantile(refusals, 0.99)
     what = f"99 % of the refusals came within {1000 * REFUSAL_SECONDS:g} ms"
-    findings.check(what, slow <= REFUSAL_SECONDS, f"{1000 * slow:.1f} ms")
+    findings.check_timing(what, slow <= REFUSAL_SECONDS, f"{1000 * slow:.1f} ms")
     what = f"as much as {LEAST_SERVED:.0%} of what can be done was relayed meanwhile"
-    findings.check(what, rate >= LEAST_SERVED * CAPACITY, f"{rate:.0f}/s of {CAPACITY:.0f}/s")
+    findings.check_timing(what, rate >= LEAST_SERVED * CAPACITY, f"{rate:.0f}/s of {CAPACITY:.0f}/s")
     share_late = late / max(1, late + len(served))
     what = f"of those that were taken, at most {MOST_LATE:.0%} were not relayed"
-    findings.check(what, share_late <= MOST_LATE, f"{share_late:.2%}")
+    findings.check_timing(what, share_late <= MOST_LATE, f"{share_late:.2%}")
     grown = [f"{name}: {each.fifth(5) - each.fifth(2):+.1f} MB" for name, each in zip(names, memories, strict=True)]
     growth_mb = GROWTH_MB if seconds >= LONG_SECONDS else SHORT_GROWTH_MB
     findings.check("memory is flat", all(memory.is_flat(growth_mb) for memory in memories), ", ".join(grown))
@@ -453,7 +453,9 @@ def measure_start_up(stage: Stage, findings: Findings) -> None:
     """What starting takes. The better of two tries, when the first takes too long: others use the machine, too."""
     imported = min(_import_seconds("workers.send") for _ in range(3))
     findings.figures["start-up: import of a send worker, s"] = round(imported, 2)
-    findings.check(f"a send worker is imported within {IMPORT_SECONDS:g} s", imported <= IMPORT_SECONDS, imported)
+    findings.check_timing(
+        f"a send worker is imported within {IMPORT_SECONDS:g} s", imported <= IMPORT_SECONDS, imported
+    )
     tries: list[float] = []
     while len(tries) < 2 and (not tries or tries[0] > START_SECONDS):
         nats_url = f"nats://127.0.0.1:{free_port()}"
@@ -465,7 +467,7 @@ def measure_start_up(stage: Stage, findings: Findings) -> None:
         relay.stop()
     findings.figures["start-up: relayctl start --dev with 2 workers, s"] = round(min(tries), 2)
     what = f"the development stack is ready within {START_SECONDS:g} s"
-    findings.check(what, min(tries) <= START_SECONDS, f"{min(tries):.2f} s")
+    findings.check_timing(what, min(tries) <= START_SECONDS, f"{min(tries):.2f} s")
 
 
 def _import_seconds(module: str) -> float:

@@ -34,7 +34,10 @@ PATIENCE_SECONDS = 100.0
 LIMITS = Limits(rate=RATE, connections=30)
 SEED = 4
 WORKERS = ("send-1", "send-2")
-LEAST_SHARE = 0.95
+LEAST_OWN_SHARE = 0.95
+LEAST_SHARE = 0.9
+"""Of both together, which is a matter of chance: NATS hands a burst of 833 to two workers as coins fall, so that one
+has 23 ± 17 mails more than the other and works on alone. That costs 2.7 % ± 1 % of four bursts' rate."""
 AIM_UNTOLD = 0.85
 MAX_REMARKS = 15
 MAX_EXAMPLES = 3
@@ -44,13 +47,16 @@ FORGIVEN = frozenset({"connections", "tls handshakes", "taken"})
 
 def told(stage: Stage, seconds: float) -> Findings:
     """The relay knows the rate: it keeps to it, and uses it."""
-    findings, share = _play(
+    findings, share, own_shares = _play(
         stage,
         _bursts(seconds, MAILS_PER_SECOND),
         SMTP_MAX_RECIPIENTS_PER_SECOND=str(RATE),
         SMTP_IDLE_SECONDS="30",
     )
-    findings.check("while there was work, at least 95 % of the set rate was used", share >= LEAST_SHARE, f"{share:.1%}")
+    what = f"while it had work, each worker used at least {LEAST_OWN_SHARE:.0%} of its part of the set rate"
+    findings.check_timing(what, min(own_shares) >= LEAST_OWN_SHARE, _percent(own_shares))
+    what = f"while there was work, at least {LEAST_SHARE:.0%} of the set rate was used"
+    findings.check_timing(what, share >= LEAST_SHARE, f"{share:.1%}")
     idle = _met(findings, "idle, closed silently") + _met(findings, "idle, waits to say 451")
     findings.check("the double gave idle connections up", idle > 0, idle)
     worn = _met(findings, "421 after enough mails")
@@ -64,7 +70,7 @@ def told(stage: Stage, seconds: float) -> Findings:
 
 def untold(stage: Stage, seconds: float) -> Findings:
     """The relay has to learn the rate from refusals."""
-    findings, _ = _play(stage, _bursts(seconds, RATE * 0.65))
+    findings, *_ = _play(stage, _bursts(seconds, RATE * 0.65))
     findings.figures["aim for the share"] = f"{AIM_UNTOLD:.0%}"
     throttled = _met(findings, "454 throttled")
     findings.check("the double refused for being too fast", throttled > 0, throttled)
@@ -82,8 +88,8 @@ def _bursts(seconds: float, mails_per_second: float) -> list[Burst]:
     return plan(mails, max(2, round(seconds / SECONDS_PER_BURST)), seconds - mails / RATE, SEED)
 
 
-def _play(stage: Stage, bursts: Sequence[Burst], **settings: str) -> tuple[Findings, float]:
-    """Bursts through a whole relay to the double: findings, and the share of the rate that was used."""
+def _play(stage: Stage, bursts: Sequence[Burst], **settings: str) -> tuple[Findings, float, list[float]]:
+    """Bursts through a whole relay to the double: findings, the share of the rate that was used, and each worker's."""
     nats_server = stage.start_nats()
     double = stage.enter_context(RunningDouble.started(stage.directory, LIMITS, SEED))
     relay = stage.start_relay(
@@ -112,14 +118,15 @@ def _play(stage: Stage, bursts: Sequence[Burst], **settings: str) -> tuple[Findi
     _judge_tracking(findings, requests, list(records.values()), facts)
     _judge_manners(findings, seen)
     share = _measure(findings, bursts, requests, seen)
-    findings.figures["share that each worker used of its own part"] = _share_by_worker(requests, seen, relay)
+    own_shares = _share_by_worker(requests, seen, relay)
+    findings.figures["share that each worker used of its own part"] = _percent(own_shares)
     pools = [worker["pool"] for worker in workers]
     findings.figures["relay: connections opened"] = sum(pool["connections_opened"] for pool in pools)
     findings.figures["relay: stale connections replaced"] = sum(pool["stale_replaced"] for pool in pools)
     findings.figures["relay: connections allowed at the end"] = sum(pool["limit"] for pool in pools)
     findings.figures["relay: connections set"] = sum(pool["max"] for pool in pools)
     findings.remarks += _remarks(double, relay)
-    return findings, share
+    return findings, share, own_shares
 
 
 def _judge_replies(findings: Findings, requests: Sequence[Request], taken: dict[str, list[tuple[float, str]]]) -> None:
@@ -223,7 +230,7 @@ def _measure(
     return share
 
 
-def _share_by_worker(requests: Sequence[Request], seen: dict[str, Any], relay: RelayProcess) -> str:
+def _share_by_worker(requests: Sequence[Request], seen: dict[str, Any], relay: RelayProcess) -> list[float]:
     """How much of its part of the rate each worker used while it had work: what NATS split unevenly does not count."""
     taken_at = {email_id: times[0][0] for email_id, times in seen["taken"].items()}
     shares = []
@@ -237,6 +244,10 @@ def _share_by_worker(requests: Sequence[Request], seen: dict[str, Any], relay: R
                 mails += len(ids)
                 work_seconds += max(taken_at[email_id] for email_id in ids) - asked[0].asked_at
         shares.append(mails / (RATE / len(WORKERS) * work_seconds) if work_seconds else 0.0)
+    return shares
+
+
+def _percent(shares: Sequence[float]) -> str:
     return " ".join(f"{share:.1%}" for share in shares)
 
 

@@ -95,7 +95,7 @@ def judge_down(findings: Findings, requests: list[Request], down: Fault) -> None
     most = len(deferred) >= 0.95 * len(during) and bool(during)
     findings.check("while the smarthost was down, mail was deferred", most, f"{len(deferred)} of {len(during)}")
     what = f"99 % of the replies came within {1000 * FAST_SECONDS:g} ms meanwhile"
-    findings.check(what, slow <= FAST_SECONDS, f"{1000 * slow:.1f} ms")
+    findings.check_timing(what, slow <= FAST_SECONDS, f"{1000 * slow:.1f} ms")
     judge_recovery(findings, requests, down, "down")
 
 
@@ -112,7 +112,7 @@ def judge_hang(findings: Findings, requests: list[Request], hang: Fault) -> None
     }
     findings.remarks += [f"hanging: {count} replies: {what}" for what, count in details(during).most_common(5)]
     what = "while it hung no reply was later than SEND_TIMEOUT_SECONDS"
-    findings.check(what, longest <= SEND_TIMEOUT_SECONDS + LATE_SECONDS, f"{longest:.2f} s")
+    findings.check_timing(what, longest <= SEND_TIMEOUT_SECONDS + LATE_SECONDS, f"{longest:.2f} s")
     judge_recovery(findings, requests, hang, "hanging")
 
 
@@ -123,7 +123,8 @@ def judge_recovery(findings: Findings, requests: list[Request], fault: Fault, na
     findings.figures[f"{name}: s until every mail was relayed again"] = round(last, 2)
     relayed = sum(bool(each.email_id) for each in after)
     what = f"{name}: {RECOVERY_SECONDS:g} s after the smarthost was back every mail was relayed"
-    findings.check(what, last <= RECOVERY_SECONDS and relayed > 0, f"{last:.2f} s")
+    findings.check(f"{name}: mail was relayed again", relayed > 0, relayed)
+    findings.check_timing(what, last <= RECOVERY_SECONDS, f"{last:.2f} s")
 
 
 def _counted(requests: list[Request]) -> str:

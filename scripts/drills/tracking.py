@@ -439,11 +439,13 @@ def judge_frozen(
     findings.check("every mail was relayed, and its caller told so", not unanswered, unanswered[:3] or len(relayed))
     rate = len(during.answers) / frozen_seconds
     usual = len(before.answers) / quiet_seconds
-    findings.check("mail went on while JetStream hung", rate >= usual / 2, f"{rate:.0f}/s, {usual:.0f}/s before")
+    findings.check_timing("mail went on while JetStream hung", rate >= usual / 2, f"{rate:.0f}/s, {usual:.0f}/s before")
     # Those that were under way when it froze or thawed belong to no phase and count here.
     longest = max((each.took_seconds for each in load.answers), default=0.0)
     bound = ACK_SECONDS + MARGIN_SECONDS + before.longest
-    findings.check("no reply was later than TRACKING_ACK_SECONDS", longest <= bound, f"{longest:.3f} s ≤ {bound:.3f} s")
+    findings.check_timing(
+        "no reply was later than TRACKING_ACK_SECONDS", longest <= bound, f"{longest:.3f} s ≤ {bound:.3f} s"
+    )
     findings.check("relayctl status said that tracking was off", "did not answer" in freezing.said, freezing.said)
     findings.check("tracking came back by itself", freezing.recovered_at > 0)
     untracked = {answer.email_id for answer in after.answers} - both - {""}

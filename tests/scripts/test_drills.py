@@ -34,7 +34,13 @@ print(f"{name} ends", flush=True)
 (directory / name).write_text(json.dumps([begun, time.monotonic()]))
 if name == "dies":
     sys.exit(3)
-found = {"name": name, "is_good": True, "seconds": 1, "took_seconds": 0.3}
+played = directory / f"{name}.played"
+times = int(played.read_text()) + 1 if played.exists() else 1
+played.write_text(str(times))
+is_good = not name.startswith("wrong") and times > {"late": 1, "later": 2}.get(name, 0)
+check = {"what": "pigs fly", "holds": is_good, "seen": f"{times} of them"}
+found = {"name": name, "is_good": is_good, "is_late": name.startswith("late"), "seconds": 1, "took_seconds": 0.3,
+         "checks": [check], "problem": ""}
 into.write_text(json.dumps({"drills": [found]}))
 """
 
@@ -143,6 +149,60 @@ def test_a_drill_whose_process_dies_is_named(tmp_path: Path, capsys: pytest.Capt
     assert "dies: its process ended with 3 before it said what it found" in capsys.readouterr().out
     runner.show_all([playing.played["dies"], playing.played["lives"]], 1.0)
     assert "2 drills took 1 s" in capsys.readouterr().out
+
+
+def test_a_drill_that_was_only_late_is_played_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("late", "later", "wrong", "well")
+    playing = lanes(tmp_path)
+    playing.play([Drill(name, holding, 1.0, 5.0) for name in names])
+    assert {name: (tmp_path / f"{name}.played").read_text() for name in names} == {
+        "late": "2",
+        "later": "2",
+        "wrong": "1",
+        "well": "1",
+    }
+    assert {name: playing.played[name]["is_good"] for name in names} == {
+        "late": True,
+        "later": False,
+        "wrong": False,
+        "well": True,
+    }
+    assert playing.played["late"]["first"]["checks"][0]["seen"] == "1 of them"
+    capsys.readouterr()
+    runner.show_all([playing.played[name] for name in names], 2.0)
+    late, why_late, later, why_first, why_second, wrong, why_wrong, well, total = capsys.readouterr().out.split("\n")[
+        1:-1
+    ]
+    assert late.endswith("held, played again for its timing")
+    assert why_late.strip() == "✗ pigs fly (1 of them)"
+    assert later.endswith("not well, played again for its timing")
+    assert (why_first.strip(), why_second.strip()) == ("✗ pigs fly (1 of them)", "✗ pigs fly (2 of them)")
+    assert wrong.endswith("not well")
+    assert why_wrong.strip() == "✗ pigs fly (1 of them)"
+    assert well.endswith("held")
+    assert total.endswith("one after the other 2 s")
+
+
+def late(stage: Stage, seconds: float) -> Findings:
+    """A drill in which something takes too long."""
+    findings = holding(stage, seconds)
+    findings.check_timing("pigs fly far", False, "1 m")
+    return findings
+
+
+@pytest.mark.parametrize(
+    ("play", "is_late"), [(late, True), (holding, False), (failing, False), (breaking, False), (silent, False)]
+)
+def test_a_drill_is_late_when_nothing_but_timings_does_not_hold(play: Any, is_late: bool) -> None:
+    found = run(Drill("a drill", play, 1.0, 5.0), 1.0, None, is_kept=False)
+    assert found["is_late"] is is_late
+
+
+def test_a_timing_excuses_nothing_else() -> None:
+    findings = Findings()
+    findings.check_timing("pigs fly far", False)
+    findings.check("pigs fly", False)
+    assert not findings.is_late
 
 
 def test_a_drill_is_as_long_as_it_is_told() -> None:
