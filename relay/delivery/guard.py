@@ -6,7 +6,7 @@ wants fewer connections. ``circuit`` has the states, ``trouble`` judges, ``pool`
 A connection that cannot be opened opens the circuit only when no other one lives; while others do, they show that the
 smarthost serves us, so only dialling pauses. But those of a smarthost that hangs live, too: a dial that waited in vain
 while nothing was heard on any connection opens it as well. A refusal after MAIL that concerns all mail opens it at
-once.
+once. So does silence: a smarthost that takes contents and answers none would leave every mail in doubt.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ DIAL_PAUSE_SECONDS: Final = 1.0
 """Without a new dial after one failed while other connections live."""
 IN_VAIN_SECONDS: Final = 1.0
 """A dial that took so long to fail was not refused: it waited for something that did not come."""
+SILENT_SECONDS: Final = 20.0
+"""Without an answer to any final dot, before the smarthost is not slow but silent."""
+SILENT_MAILS: Final = 3
+"""So many of them, or as many as there are connections: one alone may be a mail that takes long to look at."""
 
 
 class Guard:
@@ -61,7 +65,15 @@ class Guard:
         self._closing = Event()
         self._opened = 0
         self.heard_at = 0.0
-        """When the smarthost was last seen to serve, on ``time.monotonic()``: a mail, or a new connection."""
+        """When a new connection was last greeted, or a mail refused, on ``time.monotonic()``."""
+        self.answered_at = 0.0
+        """When a final dot was last answered."""
+        self._unanswered = 0
+        """Mails without an answer to their final dot, while none was answered."""
+        self._unanswered_since = 0.0
+        """When the first of them had its final dot sent."""
+        self._is_silent = False
+        """Whether the circuit is open because of them."""
 
     def begin_mail_probe(self) -> bool:
         """Let this one mail pass, when only a mail can show that the smarthost is well and it is time to try.
@@ -91,6 +103,36 @@ class Guard:
             log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(reason))
         elif is_probe:
             self.circuit.probe_failed(reason, now)
+        self._turn_away(EgressUnavailable(reason))
+
+    def dot_answered(self, now: float) -> None:
+        """The smarthost answered a final dot, whatever it said and however late."""
+        self.answered_at = now
+        if self._is_silent:
+            self._close_circuit()
+
+    def dot_unanswered(self, dot_at: float, now: float) -> None:
+        """A mail whose final dot was sent at ``dot_at`` waited for the answer as long as it could."""
+        if dot_at <= self.answered_at:
+            return
+        if self._unanswered_since <= self.answered_at:
+            self._unanswered, self._unanswered_since = 0, dot_at
+        self._unanswered += 1
+        self.look_for_silence(now)
+
+    def look_for_silence(self, now: float) -> None:
+        """Open the circuit when the smarthost takes mails and answers none of them."""
+        if (
+            self._unanswered_since <= self.answered_at
+            or now - self._unanswered_since < SILENT_SECONDS
+            or self._unanswered < min(SILENT_MAILS, self.pool.state.size)
+            or not self.circuit.is_closed
+        ):
+            return
+        self._is_silent = True
+        reason = f"it takes mails and has answered none for {now - self._unanswered_since:.0f} s"
+        self.circuit.open(reason, Probe.MAIL, now, REFUSAL_CAP_SECONDS)
+        log.error("the smarthost is set aside, all mail is deferred: %s", reason)
         self._turn_away(EgressUnavailable(reason))
 
     def figures(self) -> dict[str, Any]:
@@ -129,7 +171,7 @@ class Guard:
         except OpeningFailed as error:
             now = time.monotonic()
             is_in_vain = error.outcome.said_by is SaidBy.LOCAL and now - begun_at >= IN_VAIN_SECONDS
-            if is_in_vain and self.heard_at < begun_at and self.circuit.is_closed:
+            if is_in_vain and max(self.heard_at, self.answered_at) < begun_at and self.circuit.is_closed:
                 self._set_aside(error, now)
             raise
         self.heard_at = time.monotonic()
@@ -154,6 +196,7 @@ class Guard:
     def _close_circuit(self) -> None:
         """Let everyone pass again."""
         self.circuit.close()
+        self._is_silent = False
         log.info("the smarthost takes mail again")
 
     def _dial_failed(self, error: EgressUnavailable) -> None:

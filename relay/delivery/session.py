@@ -126,7 +126,6 @@ class Session:
         self._has_reply = False
         self._undecided: list[Outcome] = []
         self._was_broken = False
-        self._dot_until = 0.0
         self._is_large = False
         self.is_reusable = True
         """Whether another transaction may follow; not while one is under way."""
@@ -139,6 +138,8 @@ class Session:
         """Begun so far."""
         self.began_at = self.opened_at
         """When the last one began; later by as long as ``commit`` took, which says nothing of the smarthost."""
+        self.dot_at = 0.0
+        """When the last final dot was sent."""
         self.ending: Ending | None = None
         """How the last one ended; None when it met with no trouble."""
         self._trouble: Trouble | None = None
@@ -232,10 +233,11 @@ class Session:
         # That there was no reply yet spoils nothing; a refusal before it that forbids reuse still does.
         self._is_broken = self._was_broken
         self._forget_trouble()
+        until = self.dot_at + self._timeouts.dot_seconds
         try:
-            self._take_dot_reply(self._dot_until, results)
+            self._take_dot_reply(until, results)
         except (_Goodbye, OSError, ProtocolViolation) as error:
-            self._break_off(error, results, self._dot_until)
+            self._break_off(error, results, until)
         self._end_transaction()
         return results
 
@@ -406,11 +408,12 @@ class Session:
             self._read_last_words(results)
             raise
         self._phase = Phase.DOT
-        self._dot_until = time.monotonic() + self._timeouts.dot_seconds
+        self.dot_at = time.monotonic()
+        until = self.dot_at + self._timeouts.dot_seconds
         try:
-            self._take_dot_reply(min(deadline, self._dot_until), results)
+            self._take_dot_reply(min(deadline, until), results)
         except ChannelTimeout:
-            if time.monotonic() < self._dot_until:
+            if time.monotonic() < until:
                 raise _NoReplyYet from None
             raise
 

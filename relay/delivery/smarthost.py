@@ -172,6 +172,8 @@ class Smarthost:
                 session = self._pool.acquire(deadline)
         except EgressUnavailable as error:
             problem = type(error).__name__
+            if isinstance(error, PoolTimeout):
+                self._guard.look_for_silence(time.monotonic())
             raise
         finally:
             now = time.monotonic()
@@ -302,6 +304,10 @@ class Smarthost:
         else:
             if has_begun and not ending.is_awaiting_dot:
                 self.transaction_seconds.observe(took_seconds)
+                # Nobody else has the session: what leaves a mail in doubt breaks it.
+                has_waited = now - session.dot_at >= self._config.timeouts.dot_seconds
+                if has_waited and any(outcome.state is State.IN_DOUBT for outcome in outcomes):
+                    self._guard.dot_unanswered(session.dot_at, now)
             self._heed(outcomes, ending, now, is_probe)
         if self._follower is not None and has_begun:
             _tell(self._follower, host, outcomes, began_at, now)
@@ -313,6 +319,10 @@ class Smarthost:
             self._follower.step(WAIT, begun_at, ended_at, problem=problem)
 
     def _settle_later(self, session: Session, mail: _Mail) -> None:
+        now = time.monotonic()
+        self._guard.dot_unanswered(session.dot_at, now)
+        if mail.is_probe:
+            self._circuit.probe_failed(self._circuit.reason, now)
         # In the context of the request that this mail is from, for the follower's sake.
         settling = gevent.spawn(contextvars.copy_context().run, self._settle, session, mail)
         self._settling.add(settling)
@@ -331,6 +341,7 @@ class Smarthost:
         if self._follower is not None:
             _tell(self._follower, host, outcomes, began_at, now)
         if ending is None:
+            self._guard.dot_answered(now)
             self._count_relayed(len(outcomes), now, mail.is_probe)
         else:
             self._heed(outcomes, ending, now, mail.is_probe)
@@ -342,6 +353,8 @@ class Smarthost:
         """Do what the trouble asks for beyond the mail that met it."""
         if any(outcome.said_by is SaidBy.PEER for outcome in outcomes):
             self._guard.heard_at = now
+        if any(outcome.said_by is SaidBy.PEER and outcome.phase is Phase.DOT for outcome in outcomes):
+            self._guard.dot_answered(now)
         self._guard.heed(ending.trouble, ending.reason, is_probe=is_probe)
         is_throttled = ending.trouble.remedy is Remedy.SLOWER or Remedy.SLOWER in ending.again.values()
         if is_throttled and self._rate.throttled(now):
@@ -352,7 +365,7 @@ class Smarthost:
             self._count_relayed(relayed, now, is_probe)
 
     def _count_relayed(self, recipients: int, now: float, is_probe: bool) -> None:
-        self._guard.heard_at = now
+        self._guard.answered_at = now
         if self._rate.accepted(recipients, now):
             self._pacer.rate_changed()
         if is_probe:

@@ -4,7 +4,8 @@
 
 prints ``listening on 127.0.0.1:PORT``; on SIGTERM it prints, as one JSON object, how often it took which mail (by its
 tracking id). It offers PIPELINING, so that the smarthost is not what a drill waits for; unless ``WAIT_SECONDS`` is
-given: so long it takes over the reply to each content, which makes a connection's rate known beforehand.
+given: so long it takes over the reply to each content, which makes a connection's rate known beforehand. On SIGUSR1 it
+answers no content any more (with ``WAIT_SECONDS`` only), and all else as ever; on SIGUSR2 it answers those as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from relay import contract
@@ -28,11 +30,38 @@ END_OF_CONTENT = b"\r\n.\r\n"
 _TRACKING_ID = re.compile(rb"^" + contract.TRACKING_HEADER.encode() + rb": .*/([^/\r\n]+)\r$", re.MULTILINE)
 
 
+class Answers:
+    """What is said to contents: at once, or when it speaks again."""
+
+    def __init__(self) -> None:
+        self._is_silent = False
+        self._held: list[Callable[[], object]] = []
+
+    def hush(self) -> None:
+        """Says nothing from now on."""
+        self._is_silent = True
+
+    def speak(self) -> None:
+        """Says what it has not said."""
+        self._is_silent = False
+        held, self._held = self._held, []
+        for say in held:
+            say()
+
+    def give(self, say: Callable[[], object]) -> None:
+        """Says it, if anything is said."""
+        if self._is_silent:
+            self._held.append(say)
+        else:
+            say()
+
+
 class Session(asyncio.Protocol):
     """One connection. Commands are not checked: the relay's manners are other drills' business."""
 
-    def __init__(self, taken: Counter[str], wait_seconds: float = 0.0) -> None:
+    def __init__(self, taken: Counter[str], answers: Answers, wait_seconds: float) -> None:
         self._taken = taken
+        self._answers = answers
         self._wait_seconds = wait_seconds
         self._received = bytearray()
         self._searched_bytes = 0
@@ -59,7 +88,8 @@ class Session(asyncio.Protocol):
             del self._received[: at + len(end)]
             self._searched_bytes = 0
             if self._is_content and self._wait_seconds:  # the relay says nothing more until it has this reply
-                asyncio.get_running_loop().call_later(self._wait_seconds, self._transport.write, self._take(before))
+                say = partial(self._transport.write, self._take(before))
+                asyncio.get_running_loop().call_later(self._wait_seconds, self._answers.give, say)
                 continue
             replies.append(self._take(before) if self._is_content else self._answer(before))
         self._transport.write(b"".join(replies))
@@ -102,6 +132,14 @@ class RunningSink:
         """It goes on."""
         self._process.send_signal(signal.SIGCONT)
 
+    def hush(self) -> None:
+        """It takes contents, and does not answer them."""
+        self._process.send_signal(signal.SIGUSR1)
+
+    def speak(self) -> None:
+        """It answers contents, those too that it has not."""
+        self._process.send_signal(signal.SIGUSR2)
+
     def stop(self) -> Counter[str]:
         """Ends it; how often it took which mail."""
         self._process.terminate()
@@ -126,8 +164,11 @@ async def serve(wait_seconds: float, port: int) -> Counter[str]:
     taken: Counter[str] = Counter()
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    answers = Answers()
     loop.add_signal_handler(signal.SIGTERM, asked_to_stop.set)
-    server = await loop.create_server(lambda: Session(taken, wait_seconds), "127.0.0.1", port, backlog=1000)
+    loop.add_signal_handler(signal.SIGUSR1, answers.hush)
+    loop.add_signal_handler(signal.SIGUSR2, answers.speak)
+    server = await loop.create_server(lambda: Session(taken, answers, wait_seconds), "127.0.0.1", port, backlog=1000)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asked_to_stop.wait()
     server.close()

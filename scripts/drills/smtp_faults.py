@@ -1,8 +1,9 @@
-"""The smarthost goes away under load: nobody listens for half a minute, and then one does that never says a word.
+"""The smarthost goes away under load: nobody listens, then one does that never says a word, then one that takes mails.
 
 ``smtp-down``: while nobody listens every caller is told so at once, and mail goes out again as soon as somebody does.
 While the smarthost hangs nothing is known of it at first: callers wait, at most as long as they may, and then are told
-at once, too. In neither case is a mail lost or sent twice.
+at once, too. One that answers everything but contents leaves as many mails in doubt as there are connections to it, and
+then is set aside as well. In no case is a mail lost or sent twice.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from typing import NamedTuple
 
+from relay.delivery.guard import SILENT_SECONDS
 from scripts.drills.frame import Drill, Findings, Stage, send_figures
 from scripts.drills.nats_faults import settle
 from scripts.drills.open_loop import Asking, Request, between, details, outcomes, quantile
@@ -23,6 +25,8 @@ MAIL_SECONDS = 0.02
 """What the sink takes over a mail, so that some are always under way."""
 QUIET_SECONDS = 3.0
 """Before, between and after the faults."""
+FAST_FOR_SECONDS = 4.0
+"""A silent smarthost that is set aside stays silent for so long."""
 HANG_SHARE = 1 / 3
 """Of the time without a smarthost, on top of it: so long another one hangs."""
 SEND_TIMEOUT_SECONDS = 6.0
@@ -30,6 +34,8 @@ FAST_SECONDS = 0.2
 LATE_SECONDS = 1.0
 """Beside SEND_TIMEOUT_SECONDS, for a reply on a busy machine, and its record."""
 RECOVERY_SECONDS = 2.0
+MOST_LET_THROUGH = 10
+"""Mails that may be in doubt because they were to show whether the smarthost answers again."""
 UNDER_WAY_SECONDS = 0.5
 """What was asked so shortly before a fault may still be under way when it begins."""
 
@@ -42,7 +48,7 @@ class Fault(NamedTuple):
 
 
 def smtp_down(stage: Stage, seconds: float) -> Findings:
-    """``seconds`` without a smarthost, and a third of that with one that hangs."""
+    """``seconds`` without a smarthost, a third of that with one that hangs, then one that is silent until noticed."""
     findings = Findings()
     nats_server = stage.start_nats()
     sink = stage.enter_context(RunningSink.started(MAIL_SECONDS))
@@ -67,12 +73,20 @@ def smtp_down(stage: Stage, seconds: float) -> Findings:
             sink.thaw()
             faults.append(Fault(begun_at, time.monotonic()))
             await asyncio.sleep(RECOVERY_SECONDS + QUIET_SECONDS)
+            begun_at = time.monotonic()
+            sink.hush()
+            await asyncio.sleep(SILENT_SECONDS + LATE_SECONDS + FAST_FOR_SECONDS)
+            sink.speak()
+            faults.append(Fault(begun_at, time.monotonic()))
+            await asyncio.sleep(RECOVERY_SECONDS + QUIET_SECONDS)
 
     asyncio.run(play())
-    down, hang = faults
+    down, hang, silence = faults
+    workers = send_figures(relay)
     judge_down(findings, asking.requests, down)
     judge_hang(findings, asking.requests, hang)
-    circuits = {worker["circuit"]["state"] for worker in send_figures(relay)}
+    judge_silence(findings, asking.requests, silence, sum(worker["pool"]["max"] for worker in workers))
+    circuits = {worker["circuit"]["state"] for worker in workers}
     findings.check("in the end the circuits are closed", circuits == {"closed"}, ", ".join(sorted(circuits)))
     settle(findings, relay, asking, sink, taken)
     return findings
@@ -116,6 +130,28 @@ def judge_hang(findings: Findings, requests: list[Request], hang: Fault) -> None
     judge_recovery(findings, requests, hang, "hanging")
 
 
+def judge_silence(findings: Findings, requests: list[Request], silence: Fault, connections: int) -> None:
+    """It took mails, and answered none."""
+    during = between(requests, silence.begun_at, silence.over_at)
+    set_aside = between(requests, silence.over_at - FAST_FOR_SECONDS, silence.over_at)
+    in_doubt = sum(each.outcome == "in_doubt" for each in during)
+    fast = quantile(set_aside, 0.99)
+    findings.figures |= {
+        "silent: s": round(silence.over_at - silence.begun_at, 1),
+        "silent: requests by outcome": _counted(during),
+        "silent: replies after it was noticed, ms (p50, p99)": ", ".join(
+            f"{1000 * quantile(set_aside, share):.1f}" for share in (0.5, 0.99)
+        ),
+    }
+    findings.remarks += [f"silent: {count} replies: {what}" for what, count in details(during).most_common(5)]
+    most = connections + MOST_LET_THROUGH
+    what = "while it answered no content, no more mails were in doubt than there are connections, and a few"
+    findings.check(what, 0 < in_doubt <= most, f"{in_doubt} ≤ {most}")
+    what = f"{SILENT_SECONDS + LATE_SECONDS:g} s later 99 % of the replies came within {1000 * FAST_SECONDS:g} ms"
+    findings.check_timing(what, fast <= FAST_SECONDS, f"{1000 * fast:.1f} ms")
+    judge_recovery(findings, requests, silence, "silent")
+
+
 def judge_recovery(findings: Findings, requests: list[Request], fault: Fault, name: str) -> None:
     """The last one that was not relayed was due so long after the smarthost was back."""
     after = between(requests, fault.over_at, fault.over_at + RECOVERY_SECONDS + QUIET_SECONDS - UNDER_WAY_SECONDS)
@@ -131,4 +167,4 @@ def _counted(requests: list[Request]) -> str:
     return ", ".join(f"{count} {what}" for what, count in outcomes(requests).items())
 
 
-DRILLS = (Drill("smtp-down", smtp_down, seconds=30.0, margin_seconds=75.0, whole_seconds=60.0),)
+DRILLS = (Drill("smtp-down", smtp_down, seconds=30.0, margin_seconds=105.0, whole_seconds=60.0),)
