@@ -208,7 +208,7 @@ def test_the_circuit_opens_when_connecting_fails_and_closes_by_itself() -> None:
             assert (outcome.state, outcome.reply_code, outcome.phase) == (State.DEFERRED, 554, Phase.BANNER)
         started_at = time.monotonic()
         [deferred] = relay(smarthost)
-        assert time.monotonic() - started_at < 0.05
+        assert time.monotonic() - started_at < 0.5
         assert (deferred.state, deferred.reply_code, deferred.said_by) == (State.DEFERRED, None, SaidBy.LOCAL)
         assert "closed today" in deferred.detail
         assert smarthost.figures()["circuit"] == "open"

@@ -126,7 +126,8 @@ def test_one_end_that_does_not_read_holds_nobody_else_up() -> None:
             while True:
                 stuck.send(bytes(1 << 20))
         taken = round_trips_ms(others, 10)
-    assert statistics.median(taken) <= RTT_MS + 1.0
+    # If they waited for it they would wait for ever.
+    assert statistics.median(taken) <= RTT_MS + 10.0
 
 
 def test_each_side_may_end_before_the_other() -> None:
@@ -156,16 +157,19 @@ def test_a_reset_travels_behind_what_was_said_before() -> None:
 
 
 def test_the_servers_first_word_comes_two_round_trips_after_the_client_began() -> None:
+    taken_ms: list[float] = []
     with socket.create_server(("127.0.0.1", 0)) as listener, running(int(listener.getsockname()[1]), RTT_MS) as proxy:
         listener.settimeout(WAIT_SECONDS)
-        begun = time.perf_counter()
-        with socket.create_connection(("127.0.0.1", proxy.port), WAIT_SECONDS) as client:
-            server, _ = listener.accept()
-            with server:
-                server.sendall(b"220")
-                assert client.recv(3) == b"220"
-        taken_ms = (time.perf_counter() - begun) * 1000
-    assert 2 * RTT_MS <= taken_ms <= 2 * RTT_MS + 5.0
+        for _ in range(10):
+            begun = time.perf_counter()
+            with socket.create_connection(("127.0.0.1", proxy.port), WAIT_SECONDS) as client:
+                server, _ = listener.accept()
+                with server:
+                    server.sendall(b"220")
+                    assert client.recv(3) == b"220"
+            taken_ms.append((time.perf_counter() - begun) * 1000)
+    # The fastest of ten: a crowded machine delays some, three round trips would delay all.
+    assert 2 * RTT_MS <= min(taken_ms) <= 2 * RTT_MS + 10.0
 
 
 def test_a_server_that_is_not_there_resets_the_client() -> None:
