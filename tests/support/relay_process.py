@@ -101,6 +101,13 @@ class RelayProcess:
             time.sleep(0.02)
         raise TimeoutError(f"{name} is not back within {timeout_seconds:g} s: {self.program(name)}")
 
+    def wait_until_not_ready(self, name: str, timeout_seconds: float = 10.0) -> None:
+        """The program has noticed that it lacks something."""
+        ends_at = time.monotonic() + timeout_seconds
+        while self.program(name).is_ready:
+            assert time.monotonic() < ends_at, f"{name} has noticed nothing"
+            time.sleep(0.02)
+
     def log(self, program: str) -> list[dict[str, Any]]:
         """A program's log, parsed; what is no JSON is left out."""
         lines = []

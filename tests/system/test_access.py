@@ -106,6 +106,7 @@ def test_a_relay_with_creds_over_tls(secured: Secured, new_relay: Callable[..., 
     Path(own["NATS_CREDS"]).write_text(secured.operator.creds(new_key(), **allowed(WORKERS)))
     pids = {status.name: status.pid for status in relay.supervision.statuses()}
     secured.server.stop()
+    relay.wait_until_not_ready("send-1")
     secured.server.start()
     relay.wait_until_ready("send-1", other_pid_than=0, timeout_seconds=10)
     assert secured.send(caller)["email_id"]
