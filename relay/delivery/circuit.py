@@ -8,7 +8,7 @@ open       nobody: everyone is deferred at once                ``begin_probe`` w
 half-open  the one probe under way                             ``close``, ``probe_failed``, ``probe_void``
 ========== =================================================== ==========================================
 
-Invariant: at most one probe is under way. ``guard`` makes the probes; ``trouble`` says what opens the circuit.
+Invariant: at most one probe is under way. ``guard`` makes the probes; ``trouble`` and ``silence`` say what opens it.
 """
 
 from __future__ import annotations
@@ -67,12 +67,16 @@ class Circuit:
         self.state = CircuitState.HALF_OPEN
         return True
 
-    def probe_failed(self, reason: str, now: float) -> None:
-        """The smarthost still refuses: wait twice as long for the next probe, up to the cap."""
+    def probe_failed(self, reason: str, now: float, probe: Probe | None = None) -> None:
+        """The smarthost still refuses: wait twice as long for the next probe, up to the cap.
+
+        ``probe``: what closes it from now on, where that is another reason than before.
+        """
         if self.state is not CircuitState.HALF_OPEN:
             return  # A straggler that began before the circuit opened.
         self._delay_seconds = min(self._delay_seconds * 2, self._cap_seconds)
         self.reason = reason
+        self.probe = probe or self.probe
         self.probe_void(now)
 
     def probe_void(self, now: float) -> None:

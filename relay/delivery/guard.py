@@ -6,7 +6,7 @@ wants fewer connections. ``circuit`` has the states, ``trouble`` judges, ``pool`
 A connection that cannot be opened opens the circuit only when no other one lives; while others do, they show that the
 smarthost serves us, so only dialling pauses. But those of a smarthost that hangs live, too: a dial that waited in vain
 while nothing was heard on any connection opens it as well. A refusal after MAIL that concerns all mail opens it at
-once. So does silence: a smarthost that takes contents and answers none would leave every mail in doubt.
+once. So does silence, as ``silence`` has it: a smarthost that answers no content would leave every mail in doubt.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from relay.delivery.dialling import Dialler, LoginRefused, OpeningFailed
 from relay.delivery.outcome import SaidBy
 from relay.delivery.pool import Pool
 from relay.delivery.session import Session
+from relay.delivery.silence import Silence
 from relay.delivery.trouble import Probe, Radius, Remedy, Trouble
 from relay.errors import EgressUnavailable
 from relay.redaction import without_addresses
@@ -41,10 +42,6 @@ DIAL_PAUSE_SECONDS: Final = 1.0
 """Without a new dial after one failed while other connections live."""
 IN_VAIN_SECONDS: Final = 1.0
 """A dial that took so long to fail was not refused: it waited for something that did not come."""
-SILENT_SECONDS: Final = 20.0
-"""Without an answer to any final dot, before the smarthost is not slow but silent."""
-SILENT_MAILS: Final = 3
-"""So many of them, or as many as there are connections: one alone may be a mail that takes long to look at."""
 
 
 class Guard:
@@ -64,32 +61,52 @@ class Guard:
         self._prober: Any = None
         self._closing = Event()
         self._opened = 0
-        self.heard_at = 0.0
+        self.silence = Silence()
+        self._heard_at = 0.0
         """When a new connection was last greeted, or a mail refused, on ``time.monotonic()``."""
-        self.answered_at = 0.0
-        """When a final dot was last answered."""
-        self._unanswered = 0
-        """Mails without an answer to their final dot, while none was answered."""
-        self._unanswered_since = 0.0
-        """When the first of them had its final dot sent."""
-        self._is_silent = False
-        """Whether the circuit is open because of them."""
 
     def begin_mail_probe(self) -> bool:
         """Let this one mail pass, when only a mail can show that the smarthost is well and it is time to try.
 
-        ``end_mail_probe`` must follow.
+        Not when there is no connection for it: it would wait, and be no wiser. ``end_mail_probe`` must follow.
         """
-        return self.circuit.probe is Probe.MAIL and self.circuit.begin_probe(time.monotonic())
+        if self.circuit.probe is Probe.NOOP or not self.pool.state.has_room:
+            return False
+        return self.circuit.begin_probe(time.monotonic())
 
     def end_mail_probe(self) -> None:
         """The mail is done; unless it closed the circuit, the next may try after a while."""
         self.circuit.probe_void(time.monotonic())
 
-    def mail_probe_succeeded(self) -> None:
-        """The mail that was let through as a probe was relayed."""
-        if not self.circuit.is_closed and self.circuit.probe is Probe.MAIL:
+    def heard(self, now: float) -> None:
+        """The smarthost said something of a mail."""
+        self._heard_at = now
+
+    def dot_answered(self, now: float, *, is_probe: bool = False) -> None:
+        """A final dot was answered, however late. ``is_probe``: it was the probe's, and the mail was relayed."""
+        self.silence.answered_at = now
+        if self.circuit.is_closed:
+            return
+        if self.circuit.probe is Probe.DOT or (is_probe and self.circuit.probe is Probe.MAIL):
             self._close_circuit()
+
+    def mail_in_doubt(self, dot_at: float, now: float, *, is_probe: bool) -> None:
+        """A mail whose final dot was sent at ``dot_at`` has no answer."""
+        self.silence.doubt(dot_at, now)
+        if is_probe:
+            self.circuit.probe_failed(self.circuit.reason, now)
+        self.look_for_silence(now)
+
+    def look_for_silence(self, now: float) -> None:
+        """Open the circuit when the smarthost takes mails and answers none."""
+        if not self.circuit.is_closed or self._closing.is_set():
+            return
+        seconds = self.silence.seconds(self.pool.state.limit, now)
+        if seconds:
+            reason = f"it takes mails and has answered none for {seconds:.0f} s"
+            self.circuit.open(reason, Probe.DOT, now, REFUSAL_CAP_SECONDS)
+            log.error("the smarthost is set aside, all mail is deferred: %s", reason)
+            self._turn_away(EgressUnavailable(reason))
 
     def heed(self, trouble: Trouble, reason: str, *, is_probe: bool) -> None:
         """Do what the trouble in a transaction means for all the others; ``reason`` is one line for people."""
@@ -102,37 +119,7 @@ class Guard:
             self.circuit.open(reason, trouble.probe or Probe.MAIL, now, REFUSAL_CAP_SECONDS)
             log.error("the smarthost is set aside, all mail is deferred: %s", without_addresses(reason))
         elif is_probe:
-            self.circuit.probe_failed(reason, now)
-        self._turn_away(EgressUnavailable(reason))
-
-    def dot_answered(self, now: float) -> None:
-        """The smarthost answered a final dot, whatever it said and however late."""
-        self.answered_at = now
-        if self._is_silent:
-            self._close_circuit()
-
-    def dot_unanswered(self, dot_at: float, now: float) -> None:
-        """A mail whose final dot was sent at ``dot_at`` waited for the answer as long as it could."""
-        if dot_at <= self.answered_at:
-            return
-        if self._unanswered_since <= self.answered_at:
-            self._unanswered, self._unanswered_since = 0, dot_at
-        self._unanswered += 1
-        self.look_for_silence(now)
-
-    def look_for_silence(self, now: float) -> None:
-        """Open the circuit when the smarthost takes mails and answers none of them."""
-        if (
-            self._unanswered_since <= self.answered_at
-            or now - self._unanswered_since < SILENT_SECONDS
-            or self._unanswered < min(SILENT_MAILS, self.pool.state.size)
-            or not self.circuit.is_closed
-        ):
-            return
-        self._is_silent = True
-        reason = f"it takes mails and has answered none for {now - self._unanswered_since:.0f} s"
-        self.circuit.open(reason, Probe.MAIL, now, REFUSAL_CAP_SECONDS)
-        log.error("the smarthost is set aside, all mail is deferred: %s", reason)
+            self.circuit.probe_failed(reason, now, trouble.probe)
         self._turn_away(EgressUnavailable(reason))
 
     def figures(self) -> dict[str, Any]:
@@ -171,10 +158,10 @@ class Guard:
         except OpeningFailed as error:
             now = time.monotonic()
             is_in_vain = error.outcome.said_by is SaidBy.LOCAL and now - begun_at >= IN_VAIN_SECONDS
-            if is_in_vain and max(self.heard_at, self.answered_at) < begun_at and self.circuit.is_closed:
+            if is_in_vain and max(self._heard_at, self.silence.answered_at) < begun_at and self.circuit.is_closed:
                 self._set_aside(error, now)
             raise
-        self.heard_at = time.monotonic()
+        self._heard_at = time.monotonic()
         self._opened += 1
         return session
 
@@ -196,7 +183,7 @@ class Guard:
     def _close_circuit(self) -> None:
         """Let everyone pass again."""
         self.circuit.close()
-        self._is_silent = False
+        self.silence.forget_doubts()
         log.info("the smarthost takes mail again")
 
     def _dial_failed(self, error: EgressUnavailable) -> None:

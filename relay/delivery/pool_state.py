@@ -66,6 +66,11 @@ class PoolState(Generic[S, W]):
         """What counts against the bound."""
         return self.dialling + self.living
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a connection could be had without waiting for another mail's."""
+        return bool(self.idle) or self.open < self.limit
+
     def acquire(self, now: float) -> S | None:
         """Give an idle connection away, the one used last first; ``None`` when the caller has to ``wait``."""
         while self.idle:

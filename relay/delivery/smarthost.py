@@ -72,6 +72,7 @@ class Smarthost:
         self._guard = Guard(config, default_sender, self._pacer.refuse)
         self._pool = self._guard.pool
         self._circuit = self._guard.circuit
+        self._silence = self._guard.silence
         self._settling: set[Any] = set()
         self._stale_replaced = 0
         self._retried = 0
@@ -304,11 +305,10 @@ class Smarthost:
         else:
             if has_begun and not ending.is_awaiting_dot:
                 self.transaction_seconds.observe(took_seconds)
-                # Nobody else has the session: what leaves a mail in doubt breaks it.
-                has_waited = now - session.dot_at >= self._config.timeouts.dot_seconds
-                if has_waited and any(outcome.state is State.IN_DOUBT for outcome in outcomes):
-                    self._guard.dot_unanswered(session.dot_at, now)
             self._heed(outcomes, ending, now, is_probe)
+            if any(outcome.state is State.IN_DOUBT and outcome.said_by is SaidBy.LOCAL for outcome in outcomes):
+                # Nobody else has the session: what leaves a mail in doubt breaks it.
+                self._guard.mail_in_doubt(session.dot_at, now, is_probe=is_probe)
         if self._follower is not None and has_begun:
             _tell(self._follower, host, outcomes, began_at, now)
         return outcomes, ending
@@ -319,10 +319,7 @@ class Smarthost:
             self._follower.step(WAIT, begun_at, ended_at, problem=problem)
 
     def _settle_later(self, session: Session, mail: _Mail) -> None:
-        now = time.monotonic()
-        self._guard.dot_unanswered(session.dot_at, now)
-        if mail.is_probe:
-            self._circuit.probe_failed(self._circuit.reason, now)
+        self._silence.waits(session, session.dot_at)
         # In the context of the request that this mail is from, for the follower's sake.
         settling = gevent.spawn(contextvars.copy_context().run, self._settle, session, mail)
         self._settling.add(settling)
@@ -337,11 +334,11 @@ class Smarthost:
             now = time.monotonic()
             began_at, host = session.began_at, session.host
             self.transaction_seconds.observe(now - began_at)
+            self._silence.waits_no_more(session)
             self._pool.release(session, now)
         if self._follower is not None:
             _tell(self._follower, host, outcomes, began_at, now)
         if ending is None:
-            self._guard.dot_answered(now)
             self._count_relayed(len(outcomes), now, mail.is_probe)
         else:
             self._heed(outcomes, ending, now, mail.is_probe)
@@ -351,11 +348,12 @@ class Smarthost:
 
     def _heed(self, outcomes: list[Outcome], ending: Ending, now: float, is_probe: bool) -> None:
         """Do what the trouble asks for beyond the mail that met it."""
-        if any(outcome.said_by is SaidBy.PEER for outcome in outcomes):
-            self._guard.heard_at = now
-        if any(outcome.said_by is SaidBy.PEER and outcome.phase is Phase.DOT for outcome in outcomes):
-            self._guard.dot_answered(now)
+        heard = {outcome.phase for outcome in outcomes if outcome.said_by is SaidBy.PEER}
+        if heard:
+            self._guard.heard(now)
         self._guard.heed(ending.trouble, ending.reason, is_probe=is_probe)
+        if Phase.DOT in heard:
+            self._guard.dot_answered(now)
         is_throttled = ending.trouble.remedy is Remedy.SLOWER or Remedy.SLOWER in ending.again.values()
         if is_throttled and self._rate.throttled(now):
             log.warning("the smarthost is given fewer recipients a second: %r", self._rate)
@@ -365,11 +363,11 @@ class Smarthost:
             self._count_relayed(relayed, now, is_probe)
 
     def _count_relayed(self, recipients: int, now: float, is_probe: bool) -> None:
-        self._guard.answered_at = now
+        self._silence.answered_at = now
         if self._rate.accepted(recipients, now):
             self._pacer.rate_changed()
-        if is_probe:
-            self._guard.mail_probe_succeeded()
+        if not self._circuit.is_closed:
+            self._guard.dot_answered(now, is_probe=is_probe)
 
 
 class _Mail:

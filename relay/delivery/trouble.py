@@ -86,6 +86,8 @@ class Probe(enum.StrEnum):
     """A connection that gets as far as a 250 to NOOP."""
     MAIL = "mail"
     """One real mail: connecting and logging in worked all the time."""
+    DOT = "dot"
+    """The answer to any final dot, also to one that was sent before: everything but that worked all the time."""
 
 
 class Remedy(enum.StrEnum):

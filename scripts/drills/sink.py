@@ -59,9 +59,9 @@ class Answers:
 class Session(asyncio.Protocol):
     """One connection. Commands are not checked: the relay's manners are other drills' business."""
 
-    def __init__(self, taken: Counter[str], answers: Answers, wait_seconds: float) -> None:
+    def __init__(self, taken: Counter[str], wait_seconds: float = 0.0, answers: Answers | None = None) -> None:
         self._taken = taken
-        self._answers = answers
+        self._answers = answers or Answers()
         self._wait_seconds = wait_seconds
         self._received = bytearray()
         self._searched_bytes = 0
@@ -168,7 +168,7 @@ async def serve(wait_seconds: float, port: int) -> Counter[str]:
     loop.add_signal_handler(signal.SIGTERM, asked_to_stop.set)
     loop.add_signal_handler(signal.SIGUSR1, answers.hush)
     loop.add_signal_handler(signal.SIGUSR2, answers.speak)
-    server = await loop.create_server(lambda: Session(taken, answers, wait_seconds), "127.0.0.1", port, backlog=1000)
+    server = await loop.create_server(lambda: Session(taken, wait_seconds, answers), "127.0.0.1", port, backlog=1000)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
     await asked_to_stop.wait()
     server.close()

@@ -10,6 +10,7 @@ from typing import Any
 import gevent
 import pytest
 
+from relay.delivery import smarthost as smarthost_module
 from relay.delivery.outcome import Outcome, Phase, SaidBy, State
 from relay.delivery.smarthost import MAX_ATTEMPTS, Smarthost
 from tests.delivery.conftest import config_for, soon
@@ -325,7 +326,9 @@ def test_throttling_at_rcpt_is_throttling_too() -> None:
     assert [mail.forward_paths for mail in server.mails] == [(ALICE,), (BOB,)]
 
 
-def test_who_was_to_be_tried_again_is_not_while_the_circuit_is_open() -> None:
+def test_who_was_to_be_tried_again_is_not_while_the_circuit_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Long enough for all five to be refused before the first of them comes back.
+    monkeypatch.setattr(smarthost_module, "THROTTLED_PAUSE_SECONDS", 2.5)
     script = {"dot": [*[say(THROTTLED)] * 5, say(QUOTA)]}
     with ScriptedSmtp(script) as server, smarthost_for(server, pool_size=10) as smarthost:
         callers = [gevent.spawn(relay, smarthost) for _ in range(5)]
