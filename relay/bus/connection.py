@@ -166,7 +166,8 @@ class Connection:
     async def _abandon(self) -> None:
         try:
             await asyncio.wait_for(self.nc.close(), 1)
-        except (OSError, nats.errors.Error, TimeoutError) as error:
+        # TypeError: what the transports of Python 3.12's first releases raise for a write when the connection is lost.
+        except (OSError, nats.errors.Error, TimeoutError, TypeError) as error:
             log.debug("closing a failed NATS client: %s", error)
 
     async def close(self) -> None:

@@ -229,7 +229,8 @@ class TamedClient(Client):
             self._pending = []
             self._pending_data_size = 0
         if unsent:
-            self._transport.writelines(unsent)
+            # Not ``writelines``: with Python 3.12's first releases that raises when the connection was just lost.
+            self._transport.write(b"".join(unsent))
         return 0
 
     def login_options(self) -> dict[str, Any]:
