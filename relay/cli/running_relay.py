@@ -9,7 +9,7 @@ from typing import Any
 from relay.cli.status_view import ENGAGEMENT, SILENT, Snapshot, reason_of, state_of
 from relay.errors import EXIT_CONFIG
 from relay.ops.doctor.finding import Finding, failed, warning, well
-from relay.ops.doctor.log_lines import bad_lines, ended
+from relay.ops.doctor.log_lines import RECENT_SECONDS, bad_lines, covered_seconds, ended
 from relay.ops.host import SUPERVISORD
 from relay.ops.supervision import ProgramStatus, Supervision, is_worker
 from relay.settings import Settings
@@ -63,14 +63,23 @@ def log_findings(supervision: Supervision) -> Iterator[Finding]:
             remedy = "unless somebody did that: memory ran out (`dmesg`, the container's limit)"
         yield (failed if each.times >= OFTEN else warning)("restarts", detail, remedy)
     said = bad_lines(log_dir, now)
+    lately = _lately(covered_seconds(log_dir, now))
     for line in said[:MOST_MESSAGES]:
-        detail = f"{line.program}, {line.level}, {_times(line.times)} in the last hour: {line.text}"
+        detail = f"{line.program}, {line.level}, {_times(line.times)} in {lately}: {line.text}"
         yield warning("log", detail, "`relayctl logs` shows the lines; what is mended stops coming")
     if len(said) > MOST_MESSAGES:
-        detail = f"{len(said) - MOST_MESSAGES} more kinds of warnings and errors in the last hour"
+        detail = f"{len(said) - MOST_MESSAGES} more kinds of warnings and errors in {lately}"
         yield warning("log", detail, f"see {log_dir}")
     if not said:
-        yield well("log", "no warning and no error in the last hour")
+        yield well("log", f"no warning and no error in {lately}")
+
+
+def _lately(seconds: float) -> str:
+    """For how long back the logs were read: an hour, unless their ends do not reach so far."""
+    if seconds >= RECENT_SECONDS:
+        return "the last hour"
+    length = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
+    return f"the last {length}, all that the end of the longest log has"
 
 
 def _times(count: int) -> str:

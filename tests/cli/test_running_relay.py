@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from relay.cli.fleet import Fleet
-from relay.cli.running_relay import running_relay
+from relay.cli.running_relay import log_findings, running_relay
 from relay.cli.status_view import Snapshot
 from relay.ops.doctor.finding import Finding
+from relay.ops.doctor.log_lines import TAIL_BYTES
 from relay.ops.presence import Report, Stage
-from relay.ops.supervision import ProgramStatus
+from relay.ops.supervision import ProgramStatus, Supervision
 from relay.settings import load_settings
+from relay.tracking.record import rfc3339
 
 FIGURES: dict[str, Any] = {
     "in_flight": 0,
@@ -141,3 +144,23 @@ def test_events() -> None:
     problem, parked = wrong(engagement, figures)
     assert "events are not handled: SQS: AccessDenied" in problem.detail
     assert "`relayctl parked`" in parked.remedy
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "copies", "said"),
+    [
+        (30, 1, "in the last hour"),
+        (30, TAIL_BYTES // 50, "in the last 3# seconds, all that the end of the longest log has"),
+        (600, TAIL_BYTES // 50, "in the last 10 minutes, all that the end of the longest log has"),
+    ],
+)
+def test_the_logs_are_not_said_to_be_good_for_longer_than_was_read(
+    tmp_path: Path, seconds_ago: float, copies: int, said: str
+) -> None:
+    line = f'{{"time":"{rfc3339(time.time() - seconds_ago)}","level":"info","msg":"mail relayed"}}\n'
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "send-1.log").write_text(line * copies)
+    (found,) = log_findings(Supervision(tmp_path))
+    assert found.level == "ok"
+    wanted = [f"no warning and no error {said.replace('#', digit)}" for digit in "0123456789"]
+    assert found.detail in wanted

@@ -18,10 +18,12 @@ import orjson
 
 from relay.tracking.record import parse_time
 
-TAIL_BYTES = 512 * 1024
+TAIL_BYTES = 4 * 1024 * 1024
+"""Of each log; a busy worker writes so much in some minutes, and reading it takes some hundredths of a second."""
 RECENT_SECONDS = 3600.0
 BAD_LEVELS = frozenset({"warn", "error"})
 MOST_CHARACTERS = 160
+_BAD = tuple(f'"{level}"'.encode() for level in sorted(BAD_LEVELS))
 
 _CHANGING = re.compile(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16,}\b|\d+(?:\.\d+)*")
 _ENDED = re.compile(r"^(\S+ \S+),\d+ \w+ exited: (\S+) \((.+); (expected|not expected)\)")
@@ -46,12 +48,24 @@ class Ended(NamedTuple):
     """supervisord's words for the last time: ``exit status 1``, ``terminated by SIGKILL``."""
 
 
+def covered_seconds(log_dir: Path, now: float) -> float:
+    """How far back the ends of all logs reach that are read: an hour, or less where one of them is long."""
+    covered = RECENT_SECONDS
+    for path in log_dir.glob("*.log"):
+        with contextlib.suppress(OSError, StopIteration):
+            if path.stat().st_size > TAIL_BYTES:
+                covered = min(covered, now - next(filter(None, map(_time_of, _tail(path)))))
+    return covered
+
+
 def bad_lines(log_dir: Path, now: float) -> list[Said]:
     """Warnings and errors of the last hour, the most frequent first, errors before warnings."""
     counts: Counter[tuple[str, str, str]] = Counter()
     newest: dict[tuple[str, str, str], str] = {}
     for path in sorted(log_dir.glob("*.log")):
         for line in _tail(path):
+            if not any(level in line for level in _BAD):
+                continue
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
                 told = orjson.loads(line)
                 at = parse_time(told["time"])
@@ -81,6 +95,13 @@ def ended(log_dir: Path, now: float) -> list[Ended]:
             counts[program] += 1
             how[program] = manner
     return [Ended(program, count, how[program]) for program, count in counts.most_common()]
+
+
+def _time_of(line: bytes) -> float | None:
+    with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError):
+        at = parse_time(orjson.loads(line)["time"])
+        return at.timestamp() if at is not None else None
+    return None
 
 
 def _tail(path: Path) -> Iterator[bytes]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from relay.ops.doctor.log_lines import TAIL_BYTES, bad_lines, ended
+from relay.ops.doctor.log_lines import RECENT_SECONDS, TAIL_BYTES, bad_lines, covered_seconds, ended
 from relay.tracking.record import rfc3339
 
 
@@ -45,7 +45,22 @@ def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     assert TAIL_BYTES // len(one) - 1 <= found.times <= TAIL_BYTES // len(one)
 
 
+def test_how_far_back_the_end_of_a_long_log_reaches(tmp_path: Path) -> None:
+    now = time.time()
+    (tmp_path / "send-1.log").write_bytes(line(now - 7200, "info", "short"))
+    assert covered_seconds(tmp_path, now) == RECENT_SECONDS
+    lines = [line(now - 1000 + n / 10, "info", "x" * 1000) for n in range(10_000)]
+    (tmp_path / "send-2.log").write_bytes(b"".join(lines))
+    read = TAIL_BYTES // len(lines[0])
+    assert read < 9000
+    assert abs(covered_seconds(tmp_path, now) - read / 10) < 2
+    # The same without a time that can be read
+    (tmp_path / "send-3.log").write_bytes(b"no line\n" * TAIL_BYTES)
+    assert abs(covered_seconds(tmp_path, now) - read / 10) < 2
+
+
 def test_no_logs(tmp_path: Path) -> None:
+    assert covered_seconds(tmp_path, time.time()) == RECENT_SECONDS
     assert bad_lines(tmp_path, time.time()) == []
     assert ended(tmp_path, time.time()) == []
 
